@@ -1,0 +1,418 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch==2.13.0", "numpy==2.2.6", "gymnasium[box2d,classic-control,mujoco]==1.4.0", "mujoco==3.15.0",
+#   "ale-py==0.12.1", "MinAtar==1.0.15", "tyro==1.0.17", "tqdm==4.70.1", "moviepy==2.2.1", "wandb==0.31.0"]
+# ///
+"""PPO-Clip: proximal policy optimization with the clipped surrogate objective (Schulman et al. 2017, arXiv:1707.06347).
+
+Maximises  E[min(r A, clip(r, 1 - eps, 1 + eps) A)] - c1 E[(V - R)^2] + c2 E[H(pi)]  with  r = pi(a|s) / pi_old(a|s)
+over several epochs of minibatches of each batch of experience; A is estimated by GAE(lambda), and R = A + V_old.
+
+    python algos/ppo_clip.py --env-id CartPole-v1
+"""
+
+import argparse
+import importlib.metadata
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from gymnasium.spaces import Box, Discrete, Space
+from gymnasium.utils.save_video import save_video
+from torch import Tensor
+from torch.distributions import Categorical, Distribution, Independent, Normal
+from tqdm import tqdm
+
+
+@dataclass
+class Args:
+    env_id: str = "CartPole-v1"  # Gymnasium id, also ALE/*, MinAtar/* or module:YourEnv-v0; decides the other defaults
+    total_timesteps: int = 100_000  # environment steps to train for
+    learning_rate: float = 1e-3  # step size of Adam
+    anneal_lr: bool = True  # let the step size fall linearly to 0
+    num_envs: int = 4  # N, environments side by side
+    num_steps: int = 128  # T, steps in each of them per iteration
+    update_epochs: int = 4  # K, passes over each batch
+    num_minibatches: int = 4  # minibatches per pass
+    gamma: float = 0.99  # discount
+    gae_lambda: float = 0.95  # lambda of GAE, from 0 (one-step TD) to 1 (Monte Carlo)
+    clip_coef: float = 0.2  # eps, how far the probability ratio is rewarded for leaving 1
+    anneal_clip: bool = False  # let eps fall linearly to 0
+    vf_coef: float = 0.5  # c1, weight of the value loss
+    ent_coef: float = 0.0  # c2, weight of the entropy bonus
+    max_grad_norm: float = 0.5  # longer gradients are scaled down to this norm
+    hidden_size: int = 64  # units in each of the two hidden layers (vector observations)
+    norm_obs: bool = False  # normalise vector observations by their running mean and deviation
+    norm_reward: bool = True  # divide rewards by the running deviation of the discounted return
+    clip_reward: bool = False  # learn from rewards clipped to [-1, 1]; the log keeps them whole
+    compile: bool | None = None  # compile the gradient step; if not said, when the run is long enough to gain by it
+
+    seed: int = 1  # of weights, actions, minibatches and environments
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda for images where there is one, else cpu
+    torch_threads: int = 1  # CPU threads of PyTorch, 0 for one per core; small networks are fastest with 1
+    run_dir: str = ""  # where the results go; if not said, runs/<env>__<algo>__<seed>__<time>
+    track: bool = False  # log to Weights & Biases
+    capture_video: bool = False  # film an episode of the final evaluation
+    eval_episodes: int = 20  # episodes of the final evaluation
+    checkpoint_every: int = 100_000  # environment steps between checkpoints
+    resume: str = ""  # run directory to continue; a finished run is only evaluated again
+
+    def __post_init__(self) -> None:
+        """Raise ValueError with one sentence if a value is impossible."""
+        lowest = dict(num_steps=2, seed=0, torch_threads=0)  # num_steps: of two steps in a row one is no reset
+        for name, value in asdict(self).items():
+            low, high = lowest.get(name, int(type(value) is int)), 1 if name in ("gamma", "gae_lambda") else math.inf
+            if isinstance(value, (int, float)) and not low <= value <= high:
+                raise ValueError(f"{name} must lie in [{low}, {high}], but is {value}")
+        batch_size = self.num_envs * self.num_steps
+        if batch_size > self.total_timesteps or batch_size % self.num_minibatches:
+            raise ValueError(
+                f"num_envs * num_steps = {batch_size} exceeds total_timesteps or is no multiple of num_minibatches"
+            )
+        if self.device != "auto" and not getattr(torch, self.device).is_available():
+            raise ValueError(f"device {self.device} is not available on this machine")
+
+
+# Defaults by environment, beside those of Args: the first entry with a word that the id contains counts.
+FAMILIES = {
+    "Pendulum-v": dict(num_steps=1024, update_epochs=10, num_minibatches=64, gamma=0.9),
+    "Acrobot MountainCar": dict(total_timesteps=300_000, num_envs=16, num_steps=256, gae_lambda=0.94, norm_obs=True),
+    "LunarLander BipedalWalker": dict(total_timesteps=1_000_000, learning_rate=3e-4, anneal_lr=False, num_envs=16,
+        num_steps=1024, num_minibatches=256, gamma=0.999, gae_lambda=0.98, ent_coef=0.01),
+    "HalfCheetah Hopper Walker2d Ant Humanoid Swimmer Reacher Pusher Inverted": dict(total_timesteps=1_000_000,
+        learning_rate=3e-4, num_envs=1, num_steps=2048, update_epochs=10, num_minibatches=32, norm_obs=True),
+    "MinAtar/": dict(total_timesteps=1_000_000, num_envs=64, num_minibatches=8, ent_coef=0.01, norm_reward=False),
+    "ALE/": dict(total_timesteps=10_000_000, learning_rate=2.5e-4, num_envs=8, update_epochs=3, clip_coef=0.1,
+        anneal_clip=True, vf_coef=1.0, ent_coef=0.01, norm_reward=False, clip_reward=True, torch_threads=0),
+}  # fmt: skip
+
+
+class RunningNorm(nn.Module):
+    """Running mean and variance of a stream, as buffers: saved, loaded and frozen with the weights."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        for name, value in dict(mean=0.0, var=1.0, count=0.0).items():
+            self.register_buffer(name, torch.full(shape, value))
+
+    def update(self, x: Tensor) -> None:
+        """Count each row of x (B, *shape) once (Chan et al. 1983)."""
+        self.count += len(x)
+        weight, delta = len(x) / self.count, x.mean(0) - self.mean
+        self.mean += weight * delta
+        self.var += weight * (x.var(0, correction=0) - self.var + (1 - weight) * delta.square())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ((x - self.mean) * torch.rsqrt(self.var + 1e-8)).clamp(-10, 10)
+
+
+def mlp(*sizes: int) -> nn.Sequential:
+    """Linear layers with tanh between them."""
+    layers = [layer for size in zip(sizes, sizes[1:]) for layer in (nn.Linear(*size), nn.Tanh())]
+    return nn.Sequential(*layers[:-1])
+
+
+class Agent(nn.Module):
+    """Actor and critic: an MLP each or, for images, a linear layer each on top of a shared CNN."""
+
+    def __init__(self, obs_space: Space, action_space: Space, args: Args) -> None:
+        super().__init__()
+        shape, width, hidden = obs_space.shape or (), gym.spaces.flatdim(obs_space), [args.hidden_size] * 2
+        self.obs_space, self.is_image, self.discrete = obs_space, len(shape) == 3, isinstance(action_space, Discrete)
+        self.trunk = RunningNorm(*shape) if args.norm_obs and len(shape) == 1 else nn.Identity()
+        if self.is_image:  # the network of DQN (Mnih et al. 2015), or MinAtar's (Young & Tian 2019) for small images
+            filters = [(32, 8, 4), (64, 4, 2), (64, 3, 1)] if sorted(shape)[1] >= 36 else [(16, 3, 1)]
+            layers = [layer for f in filters for layer in (nn.LazyConv2d(*f), nn.ReLU())]
+            width, hidden = 512 if len(filters) == 3 else 128, []
+            self.trunk = nn.Sequential(*layers, nn.Flatten(), nn.LazyLinear(width), nn.ReLU())
+        num_outputs = gym.spaces.flatdim(action_space)
+        self.actor, self.critic = mlp(width, *hidden, num_outputs), mlp(width, *hidden, 1)
+        self.log_std = None if self.discrete else nn.Parameter(torch.zeros(num_outputs))
+        self.return_norm = RunningNorm()
+        self(torch.as_tensor(obs_space.sample()[None]))  # shows the lazy layers their inputs
+        for layer in self.modules():
+            if isinstance(layer, (nn.Linear, nn.Conv2d)):
+                nn.init.orthogonal_(layer.weight, {self.actor[-1]: 0.01, self.critic[-1]: 1.0}.get(layer, math.sqrt(2)))
+                nn.init.zeros_(layer.bias)
+
+    def features(self, obs: Tensor) -> Tensor:
+        """Inputs of actor and critic: integers one-hot, vectors normalised if asked for, images through the CNN."""
+        if isinstance(self.obs_space, Discrete):
+            return F.one_hot(obs - int(self.obs_space.start), int(self.obs_space.n)).float()
+        if self.is_image:
+            obs = obs.movedim(-1, 1) if obs.dtype == torch.bool else obs / 255
+        return self.trunk(obs.float())
+
+    def forward(self, obs: Tensor) -> tuple[Distribution, Tensor]:
+        """pi(.|s) and V(s) (B,) of observations (B, ...)."""
+        x = self.features(obs)
+        out, value = self.actor(x), self.critic(x).squeeze(-1)
+        if self.discrete:
+            return Categorical(logits=out, validate_args=False), value
+        return Independent(Normal(out, self.log_std.exp(), validate_args=False), 1), value
+
+    @torch.no_grad()
+    def act(self, obs: np.ndarray, greedy: bool = False) -> np.ndarray:
+        """Actions sampled from pi(.|s) or, if greedy, its mode; lean, because it runs at every step."""
+        x = self.features(torch.from_numpy(obs).to(self.critic[-1].weight.device))
+        for layer in self.actor:
+            x = layer.forward(x)
+        if not greedy:  # the argmax of logits with Gumbel noise is a sample
+            x = x - torch.empty_like(x).exponential_().log() if self.discrete else torch.normal(x, self.log_std.exp())
+        return (x.argmax(-1) if self.discrete else x).numpy(force=True)
+
+
+def compute_gae(rewards: Tensor, values: Tensor, terminated: Tensor, done: Tensor, gamma: float, lam: float) -> Tensor:
+    """Advantages (T, N) from rewards, terminated, done (T, N) and values (T + 1, N); done is terminated or truncated."""
+    deltas = rewards + gamma * ~terminated * values[1:] - values[:-1]  # PPO eq. 12; termination stops the bootstrap
+    advantage, advantages = torch.zeros_like(deltas[0]), []
+    for delta, decay in zip(deltas.flip(0), (gamma * lam * ~done).flip(0)):  # an end of either kind stops the trace
+        advantage = delta + decay * advantage  # PPO eq. 11
+        advantages.append(advantage)
+    return torch.stack(advantages[::-1])
+
+
+def ppo_loss(agent: Agent, batch: dict[str, Tensor], clip_coef: float, args: Args) -> tuple[Tensor, dict[str, Tensor]]:
+    """The negative of PPO eq. 9 on a batch with one transition per row, and what to log."""
+    policy, values = agent(batch["obs"])
+    log_ratio = policy.log_prob(batch["actions"]) - batch["log_probs"]
+    ratio = log_ratio.exp()  # r_t(theta)
+    clipped_ratio = ratio.clamp(1 - clip_coef, 1 + clip_coef)
+    policy_loss = -torch.min(ratio * batch["advantages"], clipped_ratio * batch["advantages"]).mean()  # eq. 7
+    value_loss = (values - batch["returns"]).square().mean()
+    entropy = policy.entropy().mean()
+    loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy  # eq. 9
+    approx_kl = (ratio - 1 - log_ratio).mean()  # unbiased and never negative: http://joschu.net/blog/kl-approx.html
+    metrics = dict(policy_loss=policy_loss, value_loss=value_loss, entropy=entropy, approx_kl=approx_kl)
+    metrics["clip_fraction"] = (ratio != clipped_ratio).float().mean()
+    return loss, {name: metric.detach() for name, metric in metrics.items()}
+
+
+def update(agent: Agent, theta: Tensor, optimizer: torch.optim.Adam, batch: dict, clip_coef: float, args: Args) -> dict:
+    """One step of Adam on theta, the vector of all parameters, down the gradient of ppo_loss; returns its metrics."""
+    loss, metrics = ppo_loss(agent, batch, clip_coef, args)
+    theta.grad = torch.cat([gradient.flatten() for gradient in torch.autograd.grad(loss, list(agent.parameters()))])
+    nn.utils.clip_grad_norm_([theta], args.max_grad_norm)
+    optimizer.step()
+    return metrics
+
+
+def make_envs(env_id: str, num_envs: int, video: bool = False) -> gym.vector.VectorEnv:
+    """Environments side by side in autoreset mode NEXT_STEP, native vector ones where there are."""
+    options = dict(render_mode="rgb_array", vectorization_mode="sync") if video else {}
+    if env_id.startswith("ALE/"):
+        gym.register_envs(importlib.import_module("ale_py"))
+        options = dict(reward_clipping=False)  # scores count whole
+    elif env_id.startswith("MinAtar/"):
+        importlib.import_module("minatar.gym").register_envs()
+        options |= dict(max_episode_steps=10_000)  # MinAtar sets no limit
+    envs = gym.make_vec(env_id, num_envs, **options)
+    obs, action, mode = envs.single_observation_space, envs.single_action_space, envs.metadata.get("autoreset_mode")
+    dims = len(obs.shape) if isinstance(obs, Box) else -isinstance(obs, Discrete)
+    if dims not in (-1, 1, 3) or (dims == 3 and obs.dtype not in (np.uint8, np.bool_)):
+        raise ValueError(f"observation space {obs} is not supported: it must be Discrete, a 1-D Box or an image Box")
+    if not (isinstance(action, Discrete) or (isinstance(action, Box) and action.dtype.kind == "f")):
+        raise ValueError(f"action space {action} is not supported: it must be Discrete or a Box of floats")
+    if mode != gym.vector.AutoresetMode.NEXT_STEP:
+        raise ValueError(f"autoreset mode {mode} is not supported: {env_id} must reset in NEXT_STEP mode")
+    return envs
+
+
+def to_env(actions: np.ndarray, space: Space) -> np.ndarray:
+    """The policy's actions (N, ...) as the environment's: [-1, 1] becomes [low, high], what lies beyond is clipped."""
+    if isinstance(space, Discrete):
+        return actions + space.start
+    bounded = space.bounded_below & space.bounded_above
+    low, high = np.where(bounded, space.low, -1), np.where(bounded, space.high, 1)
+    actions = low + (actions.reshape(-1, *space.shape) + 1) / 2 * (high - low)
+    return actions.clip(space.low, space.high).astype(space.dtype)
+
+
+class Run:
+    """The directory of a run with its files, the progress bar and, with --track, the page on wandb."""
+
+    def __init__(self, args: Args, **parts: nn.Module | torch.optim.Optimizer) -> None:
+        """Start afresh or, with args.resume, restore `parts` and the random state from the checkpoint."""
+        self.args, self.parts, algo = args, parts, Path(__file__).stem
+        name = f"{args.env_id.replace('/', '-')}__{algo}__{args.seed}__{int(time.time())}"
+        self.dir = Path(args.resume or args.run_dir or f"runs/{name}")
+        self.state = dict(algo=algo, env_id=args.env_id, step=0, wall_time=0.0, returns=[], log_size=0)
+        if args.resume or (self.dir / "checkpoint.pt").exists():
+            saved = torch.load(self.dir / "checkpoint.pt", map_location="cpu")
+            if not args.resume or any(saved[key] != self.state[key] for key in ("algo", "env_id")):
+                raise ValueError(
+                    f"{self.dir} holds a run of {saved['algo']} on {saved['env_id']}: --resume continues it"
+                )
+            self.state = {key: saved[key] for key in self.state}
+            torch.set_rng_state(saved["rng"])
+            for key, part in parts.items():
+                part.load_state_dict(saved[key])
+        self.dir.mkdir(parents=True, exist_ok=True)
+        status, commit = subprocess.getstatusoutput(f'git -C "{Path(__file__).parent}" rev-parse HEAD')
+        versions = {package.name: package.version for package in importlib.metadata.distributions()}
+        config = asdict(args) | dict(algo=algo, git_commit=None if status else commit, versions=versions)
+        (self.dir / "config.json").write_text(json.dumps(config, indent=1))
+        self.log_file = open(self.dir / "metrics.jsonl", "a")
+        self.log_file.truncate(self.state["log_size"])
+        self.wandb = importlib.import_module("wandb") if args.track else None
+        if self.wandb:
+            self.wandb.init(project="foliorl", name=self.dir.name, dir=self.dir, config=config)
+        plain = dict(mininterval=10, bar_format="{n_fmt}/{total_fmt} steps, {rate_fmt}{postfix}\n")
+        style = {} if sys.stderr.isatty() else plain
+        self.bar = tqdm(total=args.total_timesteps, initial=self.state["step"], unit=" steps", **style)
+        self.start = time.time() - self.state["wall_time"]
+
+    def log(self, step: int, returns: list[float], metrics: dict[str, float]) -> None:
+        """Record an iteration: the steps so far, the returns of the episodes it finished, its metrics."""
+        if not all(map(math.isfinite, metrics.values())):
+            raise ValueError(f"training diverged before step {step}; {self.dir} keeps the last good checkpoint")
+        last_step, recent, now = self.state["step"], (self.state["returns"] + returns)[-100:], time.time() - self.start
+        self.state |= dict(step=step, wall_time=now, returns=recent)
+        line = dict(global_step=step, wall_time=now, SPS=step / now, episodes=len(returns))
+        line |= dict(episodic_return=sum(returns) / len(returns) if returns else None) | metrics
+        print(json.dumps(line), file=self.log_file, flush=True)
+        if self.wandb:
+            self.wandb.log(line, step=step)
+        self.bar.set_postfix_str(f"return {np.mean(recent or 0):.1f}", refresh=False)
+        self.bar.update(step - last_step)
+        if step // self.args.checkpoint_every > last_step // self.args.checkpoint_every:
+            self.save()
+
+    def save(self) -> None:
+        """Write the checkpoint, atomically: a kill leaves the old one or the new one."""
+        self.state["log_size"] = self.log_file.tell()
+        parts = {key: part.state_dict() for key, part in self.parts.items()}
+        torch.save(self.state | parts | dict(rng=torch.get_rng_state()), self.dir / "checkpoint.tmp")
+        os.replace(self.dir / "checkpoint.tmp", self.dir / "checkpoint.pt")
+
+    def finish(self, eval_returns: list[float]) -> dict:
+        """Write, print and return the result."""
+        step, wall_time, mean = self.state["step"], self.state["wall_time"], float(np.mean(eval_returns))
+        result = {key: (self.state | asdict(self.args))[key] for key in ("algo", "env_id", "seed", "total_timesteps")}
+        result |= dict(
+            eval_returns=eval_returns, eval_mean=mean, train_return=float(np.mean(self.state["returns"] or 0))
+        )
+        result |= dict(sps=step / wall_time if step else 0.0, wall_time=wall_time)
+        (self.dir / "result.json").write_text(json.dumps(result, indent=1))
+        print(f"{self.dir}: the deterministic policy returns {mean:.1f} +- {np.std(eval_returns):.1f}")
+        return result
+
+
+def evaluate(agent: Agent, args: Args, folder: Path) -> list[float]:
+    """Returns of one episode in each of args.eval_episodes fresh environments, under the mode of the policy."""
+    envs = make_envs(args.env_id, args.eval_episodes, args.capture_video)
+    obs, _ = envs.reset(seed=10**6 * args.seed + 10**6 // 2)
+    returns, running, frames = np.zeros(args.eval_episodes), np.ones(args.eval_episodes, bool), []
+    while running.any():
+        if args.capture_video and running[0]:  # ALE cannot render, but its observations are frames
+            frames.append(envs.envs[0].render() if hasattr(envs, "envs") else obs[0, -1, :, :, None].repeat(3, -1))
+        actions = to_env(agent.act(obs, greedy=True), envs.single_action_space)
+        obs, rewards, terminated, truncated, _ = envs.step(actions)
+        returns += rewards * running
+        running &= ~(terminated | truncated)
+    if frames:
+        save_video(frames, str(folder), lambda _: True, fps=envs.metadata.get("render_fps", 30))
+    envs.close()
+    return returns.tolist()
+
+
+def train(args: Args) -> dict:
+    """Train PPO, evaluate it, and return what result.json holds; raises ValueError with one sentence on bad input."""
+    torch.manual_seed(args.seed)
+    torch.set_num_threads(args.torch_threads or os.cpu_count() or 1)
+    envs = make_envs(args.env_id, args.num_envs)
+    agent = Agent(envs.single_observation_space, envs.single_action_space, args)
+    device = args.device.replace("auto", "cuda" if agent.is_image and torch.cuda.is_available() else "cpu")
+    theta = nn.utils.parameters_to_vector(agent.to(device).parameters()).detach()
+    nn.utils.vector_to_parameters(theta, agent.parameters())  # now views of theta: one tensor to update, not a dozen
+    batch_size = args.num_envs * args.num_steps
+    num_iterations = args.total_timesteps // batch_size
+    long = num_iterations * args.update_epochs * args.num_minibatches > 20_000
+    compiled = (long and device == "cpu" and not agent.is_image) if args.compile is None else args.compile
+    torch._dynamo.config.trace_autograd_ops = True  # lets the compiler see torch.autograd.grad
+    gradient_step = torch.compile(update, dynamic=True) if compiled else update
+    optimizer = torch.optim.Adam([theta], torch.tensor(args.learning_rate), eps=1e-5, fused=not compiled)
+    run = Run(args, agent=agent, optimizer=optimizer)
+
+    first_iteration = run.state["step"] // batch_size
+    obs, _ = envs.reset(seed=10**6 * args.seed + first_iteration)  # runs share no seeds: environment i takes seed + i
+    done, score, discounted = np.zeros(args.num_envs, bool), np.zeros(args.num_envs), np.zeros(args.num_envs)
+    for iteration in range(first_iteration, num_iterations):
+        remaining = 1 - iteration / num_iterations
+        clip_coef = args.clip_coef * (remaining if args.anneal_clip else 1)
+        optimizer.param_groups[0]["lr"].fill_(args.learning_rate * (remaining if args.anneal_lr else 1))
+
+        steps, finished = [], []
+        for _ in range(args.num_steps):
+            action, valid = agent.act(obs), ~done  # the step after an end resets the environment: no transition
+            next_obs, reward, terminated, truncated, _ = envs.step(to_env(action, envs.single_action_space))
+            done = terminated | truncated
+            score, discounted = score * valid + reward, args.gamma * discounted * valid + reward
+            finished += score[done].tolist()
+            steps.append((obs, action, reward, terminated, done, valid, discounted))
+            obs = next_obs
+        rollout = [torch.from_numpy(np.stack(column)).to(device) for column in zip(*steps)]
+        all_obs, actions, rewards, terminations, ends, valid, discounted_returns = rollout
+
+        rewards = rewards.float().clamp(-1, 1) if args.clip_reward else rewards.float()
+        if args.norm_reward:
+            agent.return_norm.update(discounted_returns[valid].float())
+            rewards = (rewards * torch.rsqrt(agent.return_norm.var + 1e-8)).clamp(-10, 10)
+        with torch.no_grad():
+            policy, values = agent(all_obs.flatten(0, 1))
+            log_probs = policy.log_prob(actions.flatten(0, 1)).view(rewards.shape)
+            values = torch.cat([values, agent(torch.from_numpy(obs).to(device))[1]]).view(-1, args.num_envs)
+        advantages = compute_gae(rewards, values, terminations, ends, args.gamma, args.gae_lambda)
+        batch = dict(obs=all_obs, actions=actions, log_probs=log_probs, advantages=advantages)
+        batch = {name: column[valid] for name, column in (batch | dict(returns=advantages + values[:-1])).items()}
+        batch["advantages"] = (batch["advantages"] - batch["advantages"].mean()) / (batch["advantages"].std() + 1e-8)
+
+        history = []
+        for _ in range(args.update_epochs):
+            for rows in torch.randperm(int(valid.sum()), device=device).tensor_split(args.num_minibatches):
+                minibatch = {name: column[rows] for name, column in batch.items()}
+                history.append(gradient_step(agent, theta, optimizer, minibatch, clip_coef, args))
+        if args.norm_obs:
+            agent.trunk.update(batch["obs"].float())  # not before: acting and learning must see the same policy
+        metrics = {name: torch.stack([step[name] for step in history]).mean().item() for name in history[0]}
+        run.log((iteration + 1) * batch_size, finished, metrics)
+    run.save()
+    run.bar.close()
+    envs.close()
+    return run.finish(evaluate(agent, args, run.dir))
+
+
+def parse_args(argv: list[str] | None = None) -> Args:
+    """Flags over the defaults for the environment or, with --resume, over the arguments of that run."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--env-id", "--env_id", default=Args.env_id)
+    parser.add_argument("--resume")
+    known, _ = parser.parse_known_args(argv)
+    defaults = next((FAMILIES[words] for words in FAMILIES if any(w in known.env_id for w in words.split())), {})
+    if known.resume:
+        config = json.loads(Path(known.resume, "config.json").read_text()) | dict(capture_video=False)
+        defaults = {name: config[name] for name in asdict(Args()) if name in config}
+    return tyro.cli(Args, args=argv, default=Args(**dict(env_id=known.env_id) | defaults), description=__doc__)
+
+
+if __name__ == "__main__":
+    try:
+        train(parse_args())
+    except Exception as error:
+        if isinstance(error, ValueError | OSError | ImportError) or type(error).__module__.startswith(
+            ("gymnasium", "wandb")
+        ):
+            sys.exit(print(f"{Path(__file__).name}: {error}", file=sys.stderr) or 2)
+        raise
