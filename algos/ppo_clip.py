@@ -14,10 +14,8 @@ over several epochs of minibatches of each batch of experience; A is estimated b
 import argparse
 import importlib.metadata
 import json
-import math
 import os
 import subprocess
-import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,10 +25,8 @@ import gymnasium as gym
 import numpy as np
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 import tyro
 from gymnasium.spaces import Box, Discrete, Space
-from gymnasium.utils.save_video import save_video
 from torch import Tensor
 from torch.distributions import Categorical, Distribution, Independent, Normal
 from tqdm import tqdm
@@ -71,10 +67,13 @@ class Args:
 
     def __post_init__(self) -> None:
         """Raise ValueError with one sentence if a value is impossible."""
-        lowest = dict(num_steps=2, seed=0, torch_threads=0)  # num_steps: of two steps in a row one is no reset
+        lowest = dict(num_steps=2, seed=0, torch_threads=0)  # num_steps: of two steps in a row, one is no reset
         for name, value in asdict(self).items():
-            low, high = lowest.get(name, int(type(value) is int)), 1 if name in ("gamma", "gae_lambda") else math.inf
-            if isinstance(value, (int, float)) and not low <= value <= high:
+            low, high = (
+                lowest.get(name, int(type(value) is int)),
+                1 if name in ("gamma", "gae_lambda") else float("inf"),
+            )
+            if isinstance(value, int | float) and not low <= value <= high:
                 raise ValueError(f"{name} must lie in [{low}, {high}], but is {value}")
         batch_size = self.num_envs * self.num_steps
         if batch_size > self.total_timesteps or batch_size % self.num_minibatches:
@@ -144,15 +143,19 @@ class Agent(nn.Module):
         self(torch.as_tensor(obs_space.sample()[None]))  # shows the lazy layers their inputs
         for layer in self.modules():
             if isinstance(layer, (nn.Linear, nn.Conv2d)):
-                nn.init.orthogonal_(layer.weight, {self.actor[-1]: 0.01, self.critic[-1]: 1.0}.get(layer, math.sqrt(2)))
+                nn.init.orthogonal_(layer.weight, {self.actor[-1]: 0.01, self.critic[-1]: 1.0}.get(layer, 2**0.5))
                 nn.init.zeros_(layer.bias)
+        on_gpu = self.is_image and torch.cuda.is_available()
+        self.device = torch.device(args.device.replace("auto", "cuda" if on_gpu else "cpu"))
+        self.to(self.device)
 
     def features(self, obs: Tensor) -> Tensor:
         """Inputs of actor and critic: integers one-hot, vectors normalised if asked for, images through the CNN."""
         if isinstance(self.obs_space, Discrete):
-            return F.one_hot(obs - int(self.obs_space.start), int(self.obs_space.n)).float()
-        if self.is_image:
+            obs = nn.functional.one_hot(obs - int(self.obs_space.start), int(self.obs_space.n))
+        elif self.is_image:
             obs = obs.movedim(-1, 1) if obs.dtype == torch.bool else obs / 255
+            obs = obs.contiguous(memory_format=torch.channels_last)  # convolutions run faster so
         return self.trunk(obs.float())
 
     def forward(self, obs: Tensor) -> tuple[Distribution, Tensor]:
@@ -166,16 +169,19 @@ class Agent(nn.Module):
     @torch.no_grad()
     def act(self, obs: np.ndarray, greedy: bool = False) -> np.ndarray:
         """Actions sampled from pi(.|s) or, if greedy, its mode; lean, because it runs at every step."""
-        x = self.features(torch.from_numpy(obs).to(self.critic[-1].weight.device))
+        x = self.features(torch.from_numpy(obs).to(self.device))
         for layer in self.actor:
             x = layer.forward(x)
         if not greedy:  # the argmax of logits with Gumbel noise is a sample
-            x = x - torch.empty_like(x).exponential_().log() if self.discrete else torch.normal(x, self.log_std.exp())
+            noise = (
+                -torch.empty_like(x).exponential_().log() if self.discrete else self.log_std.exp() * torch.randn_like(x)
+            )
+            x = x + noise
         return (x.argmax(-1) if self.discrete else x).numpy(force=True)
 
 
 def compute_gae(rewards: Tensor, values: Tensor, terminated: Tensor, done: Tensor, gamma: float, lam: float) -> Tensor:
-    """Advantages (T, N) from rewards, terminated, done (T, N) and values (T + 1, N); done is terminated or truncated."""
+    """Advantages (T, N) from rewards, terminated, done (T, N), values (T + 1, N); done means terminated or truncated."""
     deltas = rewards + gamma * ~terminated * values[1:] - values[:-1]  # PPO eq. 12; termination stops the bootstrap
     advantage, advantages = torch.zeros_like(deltas[0]), []
     for delta, decay in zip(deltas.flip(0), (gamma * lam * ~done).flip(0)):  # an end of either kind stops the trace
@@ -226,7 +232,7 @@ def make_envs(env_id: str, num_envs: int, video: bool = False) -> gym.vector.Vec
     if not (isinstance(action, Discrete) or (isinstance(action, Box) and action.dtype.kind == "f")):
         raise ValueError(f"action space {action} is not supported: it must be Discrete or a Box of floats")
     if mode != gym.vector.AutoresetMode.NEXT_STEP:
-        raise ValueError(f"autoreset mode {mode} is not supported: {env_id} must reset in NEXT_STEP mode")
+        raise ValueError(f"{env_id} resets in mode {mode}, but only NEXT_STEP is supported")
     return envs
 
 
@@ -246,15 +252,13 @@ class Run:
     def __init__(self, args: Args, **parts: nn.Module | torch.optim.Optimizer) -> None:
         """Start afresh or, with args.resume, restore `parts` and the random state from the checkpoint."""
         self.args, self.parts, algo = args, parts, Path(__file__).stem
-        name = f"{args.env_id.replace('/', '-')}__{algo}__{args.seed}__{int(time.time())}"
+        name = f"{args.env_id.replace('/', '-')}__{algo}__{args.seed}__{time.time():.0f}"
         self.dir = Path(args.resume or args.run_dir or f"runs/{name}")
         self.state = dict(algo=algo, env_id=args.env_id, step=0, wall_time=0.0, returns=[], log_size=0)
         if args.resume or (self.dir / "checkpoint.pt").exists():
             saved = torch.load(self.dir / "checkpoint.pt", map_location="cpu")
             if not args.resume or any(saved[key] != self.state[key] for key in ("algo", "env_id")):
-                raise ValueError(
-                    f"{self.dir} holds a run of {saved['algo']} on {saved['env_id']}: --resume continues it"
-                )
+                raise ValueError(f"{self.dir} holds {saved['algo']} on {saved['env_id']}, which --resume continues")
             self.state = {key: saved[key] for key in self.state}
             torch.set_rng_state(saved["rng"])
             for key, part in parts.items():
@@ -262,30 +266,30 @@ class Run:
         self.dir.mkdir(parents=True, exist_ok=True)
         status, commit = subprocess.getstatusoutput(f'git -C "{Path(__file__).parent}" rev-parse HEAD')
         versions = {package.name: package.version for package in importlib.metadata.distributions()}
-        config = asdict(args) | dict(algo=algo, git_commit=None if status else commit, versions=versions)
-        (self.dir / "config.json").write_text(json.dumps(config, indent=1))
+        self.config = asdict(args) | dict(algo=algo, git_commit=None if status else commit, versions=versions)
+        (self.dir / "config.json").write_text(json.dumps(self.config, indent=1))
         self.log_file = open(self.dir / "metrics.jsonl", "a")
         self.log_file.truncate(self.state["log_size"])
-        self.wandb = importlib.import_module("wandb") if args.track else None
-        if self.wandb:
-            self.wandb.init(project="foliorl", name=self.dir.name, dir=self.dir, config=config)
-        plain = dict(mininterval=10, bar_format="{n_fmt}/{total_fmt} steps, {rate_fmt}{postfix}\n")
-        style = {} if sys.stderr.isatty() else plain
+        if args.track:
+            importlib.import_module("wandb").init(
+                project="foliorl", name=self.dir.name, dir=self.dir, config=self.config
+            )
+        style = {} if os.isatty(2) else dict(mininterval=10, bar_format="{n}/{total} steps, {rate_fmt}{postfix}\n")
         self.bar = tqdm(total=args.total_timesteps, initial=self.state["step"], unit=" steps", **style)
         self.start = time.time() - self.state["wall_time"]
 
     def log(self, step: int, returns: list[float], metrics: dict[str, float]) -> None:
         """Record an iteration: the steps so far, the returns of the episodes it finished, its metrics."""
-        if not all(map(math.isfinite, metrics.values())):
+        if not np.isfinite(list(metrics.values())).all():
             raise ValueError(f"training diverged before step {step}; {self.dir} keeps the last good checkpoint")
         last_step, recent, now = self.state["step"], (self.state["returns"] + returns)[-100:], time.time() - self.start
         self.state |= dict(step=step, wall_time=now, returns=recent)
         line = dict(global_step=step, wall_time=now, SPS=step / now, episodes=len(returns))
         line |= dict(episodic_return=sum(returns) / len(returns) if returns else None) | metrics
         print(json.dumps(line), file=self.log_file, flush=True)
-        if self.wandb:
-            self.wandb.log(line, step=step)
-        self.bar.set_postfix_str(f"return {np.mean(recent or 0):.1f}", refresh=False)
+        if self.args.track:
+            importlib.import_module("wandb").log(line, step=step)
+        self.bar.set_postfix_str(f"return {np.mean(recent):.1f}" if recent else "", refresh=False)
         self.bar.update(step - last_step)
         if step // self.args.checkpoint_every > last_step // self.args.checkpoint_every:
             self.save()
@@ -299,12 +303,12 @@ class Run:
 
     def finish(self, eval_returns: list[float]) -> dict:
         """Write, print and return the result."""
-        step, wall_time, mean = self.state["step"], self.state["wall_time"], float(np.mean(eval_returns))
-        result = {key: (self.state | asdict(self.args))[key] for key in ("algo", "env_id", "seed", "total_timesteps")}
+        mean, wall_time = float(np.mean(eval_returns)), self.state["wall_time"]
+        result = {key: self.config[key] for key in ("algo", "env_id", "seed", "total_timesteps")}
         result |= dict(
             eval_returns=eval_returns, eval_mean=mean, train_return=float(np.mean(self.state["returns"] or 0))
         )
-        result |= dict(sps=step / wall_time if step else 0.0, wall_time=wall_time)
+        result |= dict(sps=self.state["step"] / wall_time, wall_time=wall_time)
         (self.dir / "result.json").write_text(json.dumps(result, indent=1))
         print(f"{self.dir}: the deterministic policy returns {mean:.1f} +- {np.std(eval_returns):.1f}")
         return result
@@ -323,7 +327,8 @@ def evaluate(agent: Agent, args: Args, folder: Path) -> list[float]:
         returns += rewards * running
         running &= ~(terminated | truncated)
     if frames:
-        save_video(frames, str(folder), lambda _: True, fps=envs.metadata.get("render_fps", 30))
+        video = importlib.import_module("gymnasium.utils.save_video")
+        video.save_video(frames, str(folder), lambda _: True, fps=envs.metadata.get("render_fps", 30))
     envs.close()
     return returns.tolist()
 
@@ -334,14 +339,14 @@ def train(args: Args) -> dict:
     torch.set_num_threads(args.torch_threads or os.cpu_count() or 1)
     envs = make_envs(args.env_id, args.num_envs)
     agent = Agent(envs.single_observation_space, envs.single_action_space, args)
-    device = args.device.replace("auto", "cuda" if agent.is_image and torch.cuda.is_available() else "cpu")
-    theta = nn.utils.parameters_to_vector(agent.to(device).parameters()).detach()
+    theta = nn.utils.parameters_to_vector(agent.parameters()).detach()
     nn.utils.vector_to_parameters(theta, agent.parameters())  # now views of theta: one tensor to update, not a dozen
     batch_size = args.num_envs * args.num_steps
     num_iterations = args.total_timesteps // batch_size
     long = num_iterations * args.update_epochs * args.num_minibatches > 20_000
-    compiled = (long and device == "cpu" and not agent.is_image) if args.compile is None else args.compile
-    torch._dynamo.config.trace_autograd_ops = True  # lets the compiler see torch.autograd.grad
+    compiled = (long and agent.device.type == "cpu" and not agent.is_image) if args.compile is None else args.compile
+    if compiled:
+        torch._dynamo.config.trace_autograd_ops = True  # lets the compiler see torch.autograd.grad
     gradient_step = torch.compile(update, dynamic=True) if compiled else update
     optimizer = torch.optim.Adam([theta], torch.tensor(args.learning_rate), eps=1e-5, fused=not compiled)
     run = Run(args, agent=agent, optimizer=optimizer)
@@ -363,7 +368,7 @@ def train(args: Args) -> dict:
             finished += score[done].tolist()
             steps.append((obs, action, reward, terminated, done, valid, discounted))
             obs = next_obs
-        rollout = [torch.from_numpy(np.stack(column)).to(device) for column in zip(*steps)]
+        rollout = [torch.from_numpy(np.stack(column)).to(agent.device) for column in zip(*steps)]
         all_obs, actions, rewards, terminations, ends, valid, discounted_returns = rollout
 
         rewards = rewards.float().clamp(-1, 1) if args.clip_reward else rewards.float()
@@ -373,18 +378,19 @@ def train(args: Args) -> dict:
         with torch.no_grad():
             policy, values = agent(all_obs.flatten(0, 1))
             log_probs = policy.log_prob(actions.flatten(0, 1)).view(rewards.shape)
-            values = torch.cat([values, agent(torch.from_numpy(obs).to(device))[1]]).view(-1, args.num_envs)
+            values = torch.cat([values, agent(torch.from_numpy(obs).to(agent.device))[1]]).view(-1, args.num_envs)
         advantages = compute_gae(rewards, values, terminations, ends, args.gamma, args.gae_lambda)
         batch = dict(obs=all_obs, actions=actions, log_probs=log_probs, advantages=advantages)
-        batch = {name: column[valid] for name, column in (batch | dict(returns=advantages + values[:-1])).items()}
+        batch["returns"] = advantages + values[:-1]
+        batch = {name: column[valid] for name, column in batch.items()}
         batch["advantages"] = (batch["advantages"] - batch["advantages"].mean()) / (batch["advantages"].std() + 1e-8)
 
         history = []
         for _ in range(args.update_epochs):
-            for rows in torch.randperm(int(valid.sum()), device=device).tensor_split(args.num_minibatches):
+            for rows in torch.randperm(int(valid.sum()), device=agent.device).tensor_split(args.num_minibatches):
                 minibatch = {name: column[rows] for name, column in batch.items()}
                 history.append(gradient_step(agent, theta, optimizer, minibatch, clip_coef, args))
-        if args.norm_obs:
+        if isinstance(agent.trunk, RunningNorm):
             agent.trunk.update(batch["obs"].float())  # not before: acting and learning must see the same policy
         metrics = {name: torch.stack([step[name] for step in history]).mean().item() for name in history[0]}
         run.log((iteration + 1) * batch_size, finished, metrics)
@@ -411,8 +417,7 @@ if __name__ == "__main__":
     try:
         train(parse_args())
     except Exception as error:
-        if isinstance(error, ValueError | OSError | ImportError) or type(error).__module__.startswith(
-            ("gymnasium", "wandb")
-        ):
-            sys.exit(print(f"{Path(__file__).name}: {error}", file=sys.stderr) or 2)
-        raise
+        library = type(error).__module__.split(".")[0]
+        if not isinstance(error, ValueError | OSError | ImportError) and library not in ("gymnasium", "wandb"):
+            raise
+        argparse.ArgumentParser().exit(2, f"{Path(__file__).name}: {error}\n")

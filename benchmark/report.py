@@ -1,0 +1,165 @@
+"""Collects finished runs into small JSON files, and draws the tables and learning curves from those."""
+
+import csv
+import json
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+from scipy.stats import trim_mean
+
+from benchmark.run import Cell, file_name, read_result, suite_cells
+from benchmark.speed import summary
+from benchmark.suites import SUITES
+
+Row = tuple[str, str, int]  # algorithm with its flags, environment, steps
+FOLDER = Path(__file__).parent
+PACKAGES = ("torch", "gymnasium", "numpy", "mujoco", "ale-py", "MinAtar", "Box2D")
+PLUMBING = ("algo", "seed", "run_dir", "track", "capture_video", "checkpoint_every", "resume", "versions", "git_commit")
+BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+
+
+def iqm_interval(scores: np.ndarray, resamples: int = 2000) -> tuple[float, float, float]:
+    """Interquartile mean of scores (runs, tasks) and its 95% stratified bootstrap interval (Agarwal et al. 2021)."""
+    runs, tasks = scores.shape
+    chosen = np.random.default_rng(0).integers(0, runs, (resamples, runs, tasks))  # runs are resampled within each task
+    samples = scores[chosen, np.arange(tasks)].reshape(resamples, -1)
+    low, high = np.percentile(trim_mean(samples, 0.25, axis=1), [2.5, 97.5])
+    return float(trim_mean(scores, 0.25, axis=None)), float(low), float(high)
+
+
+def read_references(path: Path) -> dict[Row, dict[str, str]]:
+    """Bars and published scores, from the CSV file."""
+    with open(path, newline="") as file:
+        return {(line["algorithm"], line["env_id"], int(line["steps"])): line for line in csv.DictReader(file)}
+
+
+def summarise(row: Row, runs: list[dict], planned: int, references: dict[Row, dict[str, str]]) -> dict:
+    """One line of the table from the runs of its seeds."""
+    reference = defaultdict(str, references.get(row, {}))
+    iqm, low, high = iqm_interval(np.array([[run["eval_mean"]] for run in runs]))
+    if not reference["bar"]:
+        verdict = "-"
+    elif iqm < float(reference["bar"]):
+        verdict = "FAIL"
+    else:
+        verdict = "PASS" if len(runs) >= planned else "short"  # short: too few seeds to claim anything
+    sps = np.median([run["sps"] for run in runs])
+    return dict(row=row, iqm=iqm, low=low, high=high, n=len(runs), sps=sps, reference=reference, verdict=verdict)
+
+
+def table(lines: list[dict]) -> str:
+    """Lines from `summarise` as a Markdown table that is aligned in a terminal, too."""
+    head = ["Algorithm", "Environment", "Steps", "IQM [95% interval]", "Seeds", "Bar", "Best published", "Steps/s", ""]
+    cells = [head]
+    for line in lines:
+        reference, interval = line["reference"], "{iqm:.1f} [{low:.1f}, {high:.1f}]".format(**line)
+        published = "{best_published} ({protocol})".format(**reference) if reference["best_published"] else ""
+        algo, env_id, steps = line["row"]
+        numbers = [interval, str(line["n"]), reference["bar"], published, f"{line['sps']:,.0f}"]
+        cells.append([algo, env_id, f"{steps:,}", *numbers, line["verdict"]])
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    cells.insert(1, ["-" * max(width, 3) for width in widths])
+    return "\n".join("| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in cells)
+
+
+def suite_rows(*suites: str) -> dict[Row, list[Cell]]:
+    """The cells of the suites by table row; a row that several suites name has the seeds of all."""
+    rows: dict[Row, list[Cell]] = defaultdict(list)
+    for cell in dict.fromkeys(cell for suite in suites for cell in suite_cells(suite)):
+        rows[cell.row].append(cell)
+    return rows
+
+
+def learning_curve(run_dir: Path, points: int = 100) -> list[list[float]]:
+    """At most `points` pairs of global step and mean return of the training episodes."""
+    lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
+    data = np.array([(x["global_step"], x["episodic_return"], x["episodes"]) for x in lines if x["episodes"]])
+    chunks = np.array_split(data, min(points, len(data))) if len(data) else []
+    return [[float(c[-1, 0]), round(float(np.average(c[:, 1], weights=c[:, 2])), 2)] for c in chunks]
+
+
+def collect(runs: Path, results: Path) -> None:
+    """Keep the finished cells of all suites; what was kept of other seeds stays unless the hyperparameters changed."""
+    for row, cells in suite_rows(*SUITES).items():
+        seeds, hyperparameters = {}, None
+        for cell in cells:
+            result = read_result(runs / cell.name)
+            if result is None:
+                continue
+            config = json.loads((runs / cell.name / "config.json").read_text())
+            mine = {key: value for key, value in config.items() if key not in PLUMBING}
+            hyperparameters = hyperparameters or mine
+            if differing := [key for key in hyperparameters | mine if hyperparameters.get(key) != mine.get(key)]:
+                raise ValueError(f"{runs / cell.name} differs from the seeds before it in {', '.join(differing)}")
+            kept = ("seed", "eval_returns", "eval_mean", "train_return", "sps", "wall_time")
+            versions = {name: config["versions"][name] for name in PACKAGES if name in config["versions"]}
+            seeds[cell.seed] = {key: result[key] for key in kept} | dict(
+                git_commit=config["git_commit"], versions=versions, curve=learning_curve(runs / cell.name)
+            )
+        if hyperparameters is None:
+            continue
+        path = results / f"{file_name(row)}.json"
+        old = json.loads(path.read_text()) if path.exists() else {}
+        if old.get("hyperparameters") == hyperparameters:
+            seeds = {run["seed"]: run for run in old["seeds"]} | seeds
+        body = ",\n".join(json.dumps(seeds[seed]) for seed in sorted(seeds))  # a line per seed keeps diffs small
+        top = json.dumps(dict(row=row, hyperparameters=hyperparameters), indent=1).removesuffix("\n}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f'{top},\n "seeds": [\n{body}\n]}}\n')
+
+
+def read_results(results: Path) -> dict[Row, list[dict]]:
+    """The kept runs by table row, in the order of the suites; without those of `ci`, whose budgets say nothing."""
+    rows = suite_rows(*(suite for suite in SUITES if suite != "ci"))
+    paths = {row: results / f"{file_name(row)}.json" for row in rows}
+    return {row: json.loads(path.read_text())["seeds"] for row, path in paths.items() if path.exists()}
+
+
+def markdown(results: Path, references: dict[Row, dict[str, str]]) -> str:
+    """What stands in the README between the marks."""
+    kept, planned = read_results(results), suite_rows(*SUITES)
+    text = table([summarise(row, runs, len(planned[row]), references) for row, runs in kept.items()]) + "\n\n"
+    for row in kept:
+        if reference := references.get(row):
+            origin = "; ".join(filter(None, [reference["source"], reference["note"]]))
+            text += f"- {row[0]}, {row[1]}, {row[2]:,} steps: {origin}\n"
+    if (results / "speed.json").exists():
+        text += "\nSpeed: " + summary(json.loads((results / "speed.json").read_text()))
+    return text
+
+
+def insert(readme: str, text: str) -> str:
+    """The README with `text` between the marks."""
+    if readme.count(BEGIN) != 1 or readme.count(END) != 1:
+        raise ValueError(f"the README must hold {BEGIN} and {END} once")
+    head, rest = readme.split(BEGIN)
+    return f"{head}{BEGIN}\n{text}{END}{rest.split(END)[1]}"
+
+
+def draw_curves(results: Path) -> None:
+    """A picture per environment: each seed as a thin line, the mean over seeds as a thick one."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "foliorl"  # equal results give equal files
+    from matplotlib import pyplot as plt
+
+    figures: dict[str, plt.Figure] = {}
+    for i, ((algo, env_id, _), runs) in enumerate(read_results(results).items()):
+        figure = figures[env_id] = figures.get(env_id) or plt.figure(figsize=(6, 4), layout="constrained")
+        axes = figure.gca()
+        axes.set(title=env_id, xlabel="environment steps", ylabel="return of training episodes")
+        curves = [np.array(run["curve"]).T for run in runs if run["curve"]]
+        if not curves:  # no episode ended
+            continue
+        for x, y in curves:
+            axes.plot(x, y, color=f"C{i % 10}", linewidth=0.5, alpha=0.5)
+        grid = np.linspace(max(x[0] for x, _ in curves), min(x[-1] for x, _ in curves), 100)
+        mean = np.mean([np.interp(grid, x, y) for x, y in curves], axis=0)
+        axes.plot(grid, mean, color=f"C{i % 10}", linewidth=2, label=f"{algo}, {len(curves)} seeds")
+        axes.legend()
+    (results / "curves").mkdir(parents=True, exist_ok=True)
+    for env_id, figure in figures.items():
+        figure.savefig(results / "curves" / f"{env_id.replace('/', '-')}.svg", metadata={"Date": None})
+        plt.close(figure)

@@ -1,0 +1,124 @@
+"""Measures ppo_clip against stable-baselines3's PPO: same machine, same hyperparameters, one thread each, in turn."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+from tqdm import tqdm
+
+FOLDER = Path(__file__).parent
+SCRIPT = FOLDER.parent / "algos" / "ppo_clip.py"
+SHARED = dict(learning_rate=3e-4, gamma=0.99, gae_lambda=0.95, clip_coef=0.2, vf_coef=0.5, ent_coef=0.0,
+    max_grad_norm=0.5, hidden_size=64)  # fmt: skip
+TASKS = {
+    "CartPole-v1": dict(num_envs=4, num_steps=128, update_epochs=4, num_minibatches=4, norm_obs=False,
+        norm_reward=False),
+    "HalfCheetah-v5": dict(num_envs=1, num_steps=2048, update_epochs=10, num_minibatches=32, norm_obs=True,
+        norm_reward=True),
+}  # fmt: skip
+
+
+def timed(words: list[str]) -> dict:
+    """Run a command with one thread; its output, seconds from start to end and peak resident memory in MiB."""
+    environment = os.environ | dict(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
+    with tempfile.TemporaryFile("w+") as output:
+        start = time.perf_counter()
+        process = subprocess.Popen(words, stdout=output, stderr=subprocess.STDOUT, env=environment)
+        try:
+            _, status, usage = os.wait4(process.pid, 0)  # unlike wait(), tells what this one child used
+        except BaseException:
+            process.kill()
+            raise
+        seconds, process.returncode = time.perf_counter() - start, os.waitstatus_to_exitcode(status)
+        output.seek(0)
+        text = output.read()
+    if process.returncode:
+        raise ValueError(f"{' '.join(words)} failed:\n{text[-2000:]}")
+    return dict(text=text, seconds=seconds, peak_mib=usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10))
+
+
+def run_ours(options: dict) -> dict:
+    """One command of ours: what `timed` says and result.json."""
+    words = [sys.executable, str(SCRIPT), "--torch-threads", "1"]
+    for key, value in options.items():
+        name = key.replace("_", "-")
+        words += [f"--{'' if value else 'no-'}{name}"] if isinstance(value, bool) else [f"--{name}", str(value)]
+    with tempfile.TemporaryDirectory() as run_dir:
+        return timed([*words, "--run-dir", run_dir]) | json.loads(Path(run_dir, "result.json").read_text())
+
+
+def run_peer(python: str, options: dict) -> dict:
+    """One command of the peer: what `timed` says and its sps."""
+    measured = timed([python, str(FOLDER / "peer_sb3.py"), json.dumps(options)])
+    return measured | json.loads(measured["text"].splitlines()[-1])
+
+
+def make_peer() -> str:
+    """The interpreter of a virtual environment that holds the peer, with our versions of what both use."""
+    folder, version = FOLDER / "peers" / "sb3", importlib.metadata.version
+    python = str(folder / "bin" / "python")
+    if not (folder / "ready").exists():
+        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+        pins = [f"{name}=={version(name.split('[')[0])}" for name in ("torch", "numpy", "gymnasium[mujoco]", "mujoco")]
+        _, _, build = version("torch").partition("+")  # builds such as +cpu have an index of their own
+        index = ["--extra-index-url", f"https://download.pytorch.org/whl/{build}"] if build else []
+        for words in (["--no-deps", *index, pins[0]], [*pins, "stable-baselines3"]):
+            if subprocess.run([python, "-m", "pip", "install", "--quiet", *words]).returncode:
+                raise ValueError("the peer could not be installed: --peer-python takes an interpreter that has it")
+        (folder / "ready").touch()
+    return python
+
+
+def cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def measure(peer: str, rounds: int, steps: int, seeds: list[int]) -> dict:
+    """All measurements, raw, so that any statistic can be taken from them; `peer` is the peer's interpreter."""
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "gymnasium", "numpy", "mujoco")}
+    ask = "import importlib.metadata as m; print(m.version('stable-baselines3'))"
+    versions["stable-baselines3"] = timed([peer, "-c", ask])["text"].strip()
+    found: dict = dict(cpu=cpu_name(), cores=os.cpu_count(), python=platform.python_version(), versions=versions)
+    found |= dict(steps=steps, tasks={env_id: dict(ours=[], peer=[]) for env_id in TASKS}, first_success=[])
+    bar = tqdm(total=2 * rounds * len(TASKS) + len(seeds), unit="run", disable=None)
+    for env_id, task in TASKS.items():
+        for seed in range(1, rounds + 1):
+            options = SHARED | task | dict(env_id=env_id, total_timesteps=steps, seed=seed)
+            for side in ("ours", "peer"):  # in turn, so that a slow hour of the machine hits both
+                extra = dict(anneal_lr=False, clip_reward=False, eval_episodes=1)
+                run = run_ours(options | extra) if side == "ours" else run_peer(peer, options)
+                found["tasks"][env_id][side].append({key: run[key] for key in ("sps", "peak_mib", "seconds")})
+                bar.update()
+    for seed in seeds:  # with the defaults, as a user would type it
+        run = run_ours(dict(env_id="CartPole-v1", seed=seed))
+        found["first_success"].append({key: run[key] for key in ("seed", "seconds", "eval_mean")})
+        bar.update()
+    bar.close()
+    return found
+
+
+def summary(found: dict) -> str:
+    """The measurements as Markdown."""
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    text = f"{found['cpu']}, one thread, {found['steps']:,} steps; {versions}.\n\n"
+    text += "| | ours, steps/s | stable-baselines3, steps/s | ratio [min, max] | peak memory, MiB |\n"
+    text += "|---|---|---|---|---|\n"
+    for env_id, sides in found["tasks"].items():
+        ours, peer = ([run["sps"] for run in sides[side]] for side in ("ours", "peer"))
+        ratios = [a / b for a, b in zip(ours, peer)]
+        memory = " against ".join(f"{median(run['peak_mib'] for run in sides[side]):.0f}" for side in ("ours", "peer"))
+        text += f"| {env_id} | {median(ours):,.0f} | {median(peer):,.0f} | {median(ours) / median(peer):.2f} "
+        text += f"[{min(ratios):.2f}, {max(ratios):.2f}] | {memory} |\n"
+    seconds = [run["seconds"] if run["eval_mean"] >= 475 else float("inf") for run in found["first_success"]]
+    text += "\nFrom the start of `python algos/ppo_clip.py` to an evaluated return of at least 475 on CartPole-v1: "
+    reached = sum(value < float("inf") for value in seconds)
+    return text + f"{median(seconds):.1f} s, median over {len(seconds)} seeds, {reached} of which reach it.\n"

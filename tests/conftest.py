@@ -1,0 +1,49 @@
+"""What the test modules share: the scripts under test, imported, and small helpers to run and watch them."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+import torch
+
+SCRIPTS = sorted((Path(__file__).parents[1] / "algos").glob("*.py"))
+MODULES = [importlib.import_module(f"algos.{script.stem}") for script in SCRIPTS]
+ON_POLICY = [module for module in MODULES if hasattr(module, "compute_gae")]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread_and_one_seed():
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+
+def on_policy(test):
+    """Run the test once for each script that learns advantages with compute_gae."""
+    return pytest.mark.parametrize("module", ON_POLICY, ids=lambda module: module.__name__.split(".")[-1])(test)
+
+
+def make_args(module, folder, **given):
+    """Arguments of a short plain run in a folder; those of `given` that the script does not have are left out."""
+    plain = dict(run_dir=str(folder / "run"), eval_episodes=2, torch_threads=1, norm_obs=False, norm_reward=False)
+    plain |= dict(anneal_lr=False, compile=False)
+    return module.Args(**{name: value for name, value in (plain | given).items() if hasattr(module.Args, name)})
+
+
+def spy(monkeypatch, module, name, before=None, after=None):
+    """Let before(*inputs) and after(output, *inputs) see every call of a function of a module."""
+    function = getattr(module, name)
+
+    def spied(*inputs):
+        if before:
+            before(*inputs)
+        output = function(*inputs)
+        if after:
+            after(output, *inputs)
+        return output
+
+    monkeypatch.setattr(module, name, spied)
+
+
+def loss_name(module):
+    """The name of the script's loss function, loss(agent, batch, ...)."""
+    return next(name for name in vars(module) if name.endswith("_loss"))

@@ -1,0 +1,217 @@
+"""The harness: statistics against brute force, cells against a fake script, the README against stored results."""
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmark import report
+from benchmark.__main__ import main
+from benchmark.run import Cell, command, parse_seeds, suite_cells
+from benchmark.suites import SUITES
+
+ROOT = Path(__file__).parent.parent
+FAKE = """
+import argparse, json, pathlib, sys, time
+parser = argparse.ArgumentParser()
+for name in ("env-id", "run-dir", "resume"):
+    parser.add_argument(f"--{name}", default="")
+for name in ("seed", "total-timesteps", "torch-threads"):
+    parser.add_argument(f"--{name}", type=int)
+parser.add_argument("--bonus", type=float, default=0.0)
+args = parser.parse_args()
+run_dir = pathlib.Path(args.resume or args.run_dir)
+with open(run_dir / "starts", "a") as file:
+    print(*sys.argv[1:], file=file)
+if args.resume:
+    vars(args).update(json.loads((run_dir / "config.json").read_text()))
+if args.env_id == "Broken-v0" and args.seed == 1:
+    sys.exit("the reason")
+if args.env_id == "Slow-v0":
+    time.sleep(60)
+config = vars(args) | dict(versions=dict(torch="0", tqdm="1"), git_commit=None)
+(run_dir / "config.json").write_text(json.dumps(config))
+lines = [dict(global_step=i, episodes=i % 3, episodic_return=float(i) if i % 3 else None) for i in range(500)]
+(run_dir / "metrics.jsonl").write_text("\\n".join(map(json.dumps, lines)))
+score = args.seed * 10 + args.bonus
+result = dict(seed=args.seed, eval_returns=[score], eval_mean=score, train_return=1.0, sps=100.0, wall_time=1.0)
+(run_dir / "result.json").write_text(json.dumps(result))
+"""
+
+
+@pytest.fixture
+def bench(tmp_path, monkeypatch):
+    """Calls the command line with a suite `toy` of a fake algorithm, whose return is 10 times the seed."""
+    (tmp_path / "fake.py").write_text(FAKE)
+    (tmp_path / "README.md").write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    for suite in list(SUITES):
+        monkeypatch.delitem(SUITES, suite)
+    monkeypatch.setitem(
+        SUITES, "toy", [("fake", "Toy/Env-v0", 1000, "1-4", ""), ("fake", "Broken-v0", 1000, "1-2", "")]
+    )
+
+    def call(name: str, *words: str, bar: str = "") -> int:
+        head = "algorithm,env_id,steps,bar,best_published,seeds,protocol,source,note"
+        (tmp_path / "references.csv").write_text(f"{head}\nfake,Toy/Env-v0,1000,{bar},30,1,single run,a/b@c:d,note\n")
+        files = dict(run=["out", "algos"], report=["runs", "results", "readme"])[name]
+        places = dict(out="runs", algos=".", runs="runs", results="results", readme="README.md")
+        paths = [word for flag in files for word in (f"--{flag}", str(tmp_path / places[flag]))]
+        return main([name, "--references", str(tmp_path / "references.csv"), *paths, *words])
+
+    return call
+
+
+def starts(tmp_path: Path, seed: int, env: str = "Toy-Env-v0") -> list[str]:
+    return (tmp_path / "runs" / f"fake__{env}__1000__{seed}" / "starts").read_text().splitlines()
+
+
+@pytest.mark.parametrize("runs", [1, 2, 4, 5, 10])
+def test_iqm_is_the_mean_of_the_middle_half(runs):
+    scores = np.random.default_rng(1).normal(size=(runs, 3))
+    kept = sorted(scores.ravel())[int(0.25 * scores.size) : scores.size - int(0.25 * scores.size)]
+    assert report.iqm_interval(scores)[0] == pytest.approx(sum(kept) / len(kept))
+
+
+def test_interval_matches_all_resamples():
+    scores = [1.0, 2.0, 4.0, 8.0, 16.0]
+    every = [np.mean(sorted(chosen)[1:-1]) for chosen in itertools.product(scores, repeat=5)]
+    _, low, high = report.iqm_interval(np.array(scores)[:, None], resamples=50_000)
+    assert (low, high) == pytest.approx(tuple(np.percentile(every, [2.5, 97.5])), rel=0.03)
+
+
+def test_bootstrap_is_stratified():
+    """Runs are resampled within each task: where all runs of a task agree, nothing varies."""
+    assert report.iqm_interval(np.array([[0.0, 100.0, 7.0]] * 4))[1:] == pytest.approx([64 / 3] * 2)
+
+
+def test_seeds_and_cells(monkeypatch):
+    assert parse_seeds("1-3,7") == [1, 2, 3, 7]
+    monkeypatch.setitem(SUITES, "toy", [("a b", "X/Y-v0", 10, "1-2", "--k 3")])
+    assert len(suite_cells("toy")) == 4
+    assert suite_cells("toy", algo="b", seeds="9", steps=5) == [Cell("b", "X/Y-v0", 5, 9, "--k 3")]
+    assert suite_cells("toy")[0].name == "a--k3__X-Y-v0__10__1"
+    assert command(suite_cells("toy")[0], Path("d"), Path("algos"))[-2:] == ["--k", "3"]
+
+
+def test_suites_and_references_fit():
+    """Each row of a suite has its line of references, each line its row, and a bar is its row's alone."""
+    rows = [cell.row for suite in SUITES for cell in {c.row: c for c in suite_cells(suite)}.values()]
+    assert sorted(rows) == sorted(report.read_references(ROOT / "benchmark" / "references.csv"))
+
+
+def test_finished_cells_are_skipped_and_started_ones_resumed(bench, tmp_path):
+    assert bench("run", "--suite", "toy", "--env", "Toy/Env-v0") == 0
+    for seed, name in ((2, "result.json"), (3, "result.json")):
+        (tmp_path / "runs" / f"fake__Toy-Env-v0__1000__{seed}" / name).unlink()
+    (tmp_path / "runs" / "fake__Toy-Env-v0__1000__3" / "checkpoint.pt").touch()
+    (tmp_path / "runs" / "fake__Toy-Env-v0__1000__4" / "result.json").write_text('{"torn')
+    assert bench("run", "--suite", "toy", "--env", "Toy/Env-v0") == 0
+    assert [len(starts(tmp_path, seed)) for seed in (1, 2, 3, 4)] == [1, 2, 2, 2]
+    assert starts(tmp_path, 2)[1] == starts(tmp_path, 2)[0]
+    assert starts(tmp_path, 3)[1].startswith("--resume")
+
+
+def test_failures_are_told_and_do_not_stop_the_rest(bench, tmp_path, capsys):
+    assert bench("run", "--suite", "toy", "--workers", "1") == 1
+    out, err = capsys.readouterr()
+    assert "the reason" in err
+    assert "failed: fake__Broken-v0__1000__1" in out
+    assert starts(tmp_path, 2, "Broken-v0")
+    assert bench("run", "--suite", "toy", "--algo", "other") == 2
+
+
+@pytest.mark.parametrize(("bar", "code", "verdict"), [("25", 0, "PASS"), ("25.1", 1, "FAIL"), ("", 0, "-")])
+def test_exit_code_tells_the_bar(bench, capsys, bar, code, verdict):
+    assert bench("run", "--suite", "toy", "--env", "Toy/Env-v0", "--workers", "4", bar=bar) == code
+    row = next(line for line in capsys.readouterr().out.splitlines() if "Toy" in line)
+    assert "25.0 [" in row
+    assert row.split("|")[-2].strip() == verdict
+
+
+def test_too_few_seeds_prove_nothing(bench, capsys):
+    assert bench("run", "--suite", "toy", "--env", "Toy/Env-v0", "--seeds", "3-4", bar="25") == 0
+    assert "| short |" in capsys.readouterr().out
+
+
+def test_report_keeps_results_and_check_finds_a_stale_readme(bench, tmp_path, capsys):
+    bench("run", "--suite", "toy", "--env", "Toy/Env-v0", "--workers", "4")
+    assert bench("report", "--check") == 1
+    assert "old" in (tmp_path / "README.md").read_text()
+    assert not (tmp_path / "results").exists()
+    assert bench("report") == 0
+    readme = (tmp_path / "README.md").read_text()
+    assert readme.startswith(f"before\n{report.BEGIN}\n| Algorithm")
+    assert readme.endswith(f"{report.END}\nafter\n")
+    assert "25.0 [" in readme
+    assert "a/b@c:d" in readme
+    assert bench("report", "--check") == 0
+    path = tmp_path / "results" / "fake__Toy-Env-v0__1000.json"
+    kept = json.loads(path.read_text())
+    assert [run["seed"] for run in kept["seeds"]] == [1, 2, 3, 4]
+    assert kept["seeds"][0]["versions"] == {"torch": "0"}
+    assert len(kept["seeds"][0]["curve"]) == 100
+    assert kept["seeds"][0]["curve"][-1][0] == 499
+    picture = tmp_path / "results" / "curves" / "Toy-Env-v0.svg"
+    before = picture.read_bytes(), path.read_bytes()
+    assert bench("report") == 0
+    assert before == (picture.read_bytes(), path.read_bytes())
+    path.write_text(path.read_text().replace('"eval_mean": 20', '"eval_mean": 24'))
+    assert bench("report", "--check") == 1
+
+
+def test_kept_seeds_stay_unless_hyperparameters_change(bench, tmp_path):
+    words = ["run", "--suite", "toy", "--env", "Toy/Env-v0", "--workers", "4"]
+    bench(*words)
+    bench("report")
+    path = tmp_path / "results" / "fake__Toy-Env-v0__1000.json"
+    for seed in (1, 2):
+        (tmp_path / "runs" / f"fake__Toy-Env-v0__1000__{seed}" / "result.json").unlink()
+    bench("report")
+    assert len(json.loads(path.read_text())["seeds"]) == 4
+    for seed in (3, 4):
+        config = tmp_path / "runs" / f"fake__Toy-Env-v0__1000__{seed}" / "config.json"
+        config.write_text(config.read_text().replace('"bonus": 0.0', '"bonus": 1.0'))
+    bench("report")
+    assert [run["seed"] for run in json.loads(path.read_text())["seeds"]] == [3, 4]
+    config.write_text(config.read_text().replace('"bonus": 1.0', '"bonus": 2.0'))
+    assert bench("report") == 2
+
+
+def test_curves_weigh_episodes_and_leave_out_iterations_without(tmp_path):
+    lines = [
+        dict(global_step=1, episodes=1, episodic_return=0.0),
+        dict(global_step=2, episodes=0, episodic_return=None),
+    ]
+    lines += [dict(global_step=3, episodes=3, episodic_return=4.0)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    assert report.learning_curve(tmp_path) == [[1.0, 0.0], [3.0, 4.0]]
+    assert report.learning_curve(tmp_path, points=1) == [[3.0, 3.0]]
+    (tmp_path / "metrics.jsonl").write_text("")
+    assert report.learning_curve(tmp_path) == []
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interruption_ends_the_children(tmp_path, number, code):
+    told = "(run_dir / 'pid').write_text(str(__import__('os').getpid()))"
+    (tmp_path / "fake.py").write_text(FAKE.replace("time.sleep", f"{told}; time.sleep"))
+    program = "import sys; from benchmark.__main__ import main, SUITES; "
+    program += "SUITES['toy'] = [('fake', 'Slow-v0', 1, '1-2', '')]; "
+    program += f"sys.exit(main(['run', '--suite', 'toy', '--out', {str(tmp_path)!r}, '--algos', {str(tmp_path)!r}]))"
+    harness = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stderr=subprocess.PIPE)
+    files, deadline = [tmp_path / f"fake__Slow-v0__1__{seed}" / "pid" for seed in (1, 2)], time.time() + 20
+    while not all(file.exists() and file.read_text() for file in files):
+        assert time.time() < deadline
+        time.sleep(0.05)
+    harness.send_signal(number)
+    harness.communicate(timeout=10)
+    assert harness.returncode == code
+    for file in files:
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(file.read_text()), 0)

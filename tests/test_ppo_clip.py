@@ -1,0 +1,383 @@
+"""The equations of PPO-Clip against slow and independent references."""
+
+import envs  # noqa: F401
+import numpy as np
+import pytest
+import torch
+from algos import ppo_clip
+from algos.ppo_clip import Agent, compute_gae, ppo_loss, to_env
+from conftest import make_args, spy
+from gymnasium.spaces import Box, Discrete
+from torch.distributions import Categorical, Normal
+
+OBS = Box(-np.inf, np.inf, (5,), np.float32)
+BOX = Box(np.float32([-1, -3]), np.float32([2, 0.5]))
+BOTH = pytest.mark.parametrize("space", [Discrete(4), BOX], ids=["discrete", "box"])
+
+
+def make_agent(space, obs_space=OBS, **given):
+    """An agent whose policy is far from uniform and whose deviations differ, and its arguments."""
+    torch.manual_seed(3)
+    args = ppo_clip.Args(**given)
+    agent = Agent(obs_space, space, args)
+    with torch.no_grad():
+        agent.actor[-1].weight.mul_(70)
+        if agent.log_std is not None:
+            agent.log_std.copy_(torch.tensor([-0.5, 0.3]))
+    return agent, args
+
+
+def make_batch(agent, rows=64, shift=0.0):
+    """A batch as the learner gets it; the ratio of each row is exp(shift)."""
+    obs = torch.randn(rows, 5)
+    with torch.no_grad():
+        policy, _ = agent(obs)
+        actions = policy.sample()
+        log_probs = policy.log_prob(actions) - shift
+    return dict(
+        obs=obs, actions=actions, log_probs=log_probs, advantages=torch.randn(rows), returns=torch.randn(rows) * 3
+    )
+
+
+def reference(agent, obs):
+    """pi and V from the layers alone; the distributions of vectors keep one factor per dimension."""
+    out, values = agent.actor(obs), agent.critic(obs)[:, 0]
+    return Categorical(logits=out) if agent.discrete else Normal(out, agent.log_std.exp()), values
+
+
+def per_row(agent, x):
+    return x if agent.discrete else x.sum(-1)
+
+
+def gradients(agent, loss):
+    grads = torch.autograd.grad(loss, list(agent.parameters()), allow_unused=True)
+    return torch.cat(
+        [torch.zeros_like(p).flatten() if g is None else g.flatten() for p, g in zip(agent.parameters(), grads)]
+    )
+
+
+# GAE
+
+
+def gae_case(seed, T=11, N=4):
+    random = np.random.default_rng(seed)
+    terminated, truncated = random.random((2, T, N)) < 0.2  # also both at once
+    return random.normal(size=(T, N)), random.normal(size=(T + 1, N)), terminated, terminated | truncated
+
+
+def gae(rewards, values, terminated, done, gamma, lam):
+    return compute_gae(*map(torch.from_numpy, (rewards, values, terminated, done)), gamma, lam).numpy()
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(("gamma", "lam"), [(0.9, 0.7), (0.99, 0.95), (1.0, 1.0), (0.5, 0.0), (0.0, 1.0)])
+def test_gae_against_double_loop(seed, gamma, lam):
+    """One mask for both kinds of end, a trace or a bootstrap shifted by one step, gamma or lambda applied twice."""
+    rewards, values, terminated, done = gae_case(seed)
+    expected = np.zeros_like(rewards)
+    for t, n in np.ndindex(rewards.shape):
+        for k in range(t, len(rewards)):
+            delta = rewards[k, n] - values[k, n] + (0 if terminated[k, n] else gamma * values[k + 1, n])
+            expected[t, n] += (gamma * lam) ** (k - t) * delta
+            if done[k, n]:
+                break
+    assert gae(rewards, values, terminated, done, gamma, lam) == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_gae_of_lambda_1_is_monte_carlo(seed):
+    """Returns that forget the bootstrap at a truncation or at the end of the rollout, or add one at a termination."""
+    rewards, values, terminated, done = gae_case(seed)
+    expected = np.zeros_like(rewards)
+    for t, n in np.ndindex(rewards.shape):
+        k = t
+        while k < len(rewards) - 1 and not done[k, n]:
+            k += 1
+        expected[t, n] = sum(0.9 ** (j - t) * rewards[j, n] for j in range(t, k + 1)) - values[t, n]
+        expected[t, n] += 0 if terminated[k, n] else 0.9 ** (k + 1 - t) * values[k + 1, n]
+    assert gae(rewards, values, terminated, done, 0.9, 1.0) == pytest.approx(expected, abs=1e-5)
+
+
+def test_gae_of_lambda_0_is_the_td_error():
+    """A trace that survives lambda = 0."""
+    rewards, values, terminated, done = gae_case(0)
+    expected = rewards + 0.9 * np.where(terminated, 0, values[1:]) - values[:-1]
+    assert gae(rewards, values, terminated, done, 0.9, 0.0) == pytest.approx(expected, abs=1e-5)
+
+
+# The policy
+
+
+@BOTH
+def test_log_probs_and_entropy(space):
+    """A factor of the density forgotten, dimensions averaged instead of summed, the entropy of one dimension only."""
+    agent, _ = make_agent(space)
+    batch = make_batch(agent)
+    policy, values = agent(batch["obs"])
+    out, actions = agent.actor(batch["obs"]).double(), batch["actions"]
+    if agent.discrete:
+        probs = out.exp() / out.exp().sum(-1, keepdim=True)
+        log_prob, entropy = probs[torch.arange(64), actions].log(), -(probs * probs.log()).sum(-1)
+    else:
+        std = agent.log_std.double().exp()
+        density = (-((actions - out) ** 2) / (2 * std**2)).exp() / (std * (2 * torch.pi) ** 0.5)
+        log_prob, entropy = density.prod(-1).log(), (0.5 + 0.5 * np.log(2 * np.pi) + std.log()).sum().expand(64)
+    assert policy.log_prob(actions).shape == policy.entropy().shape == values.shape == (64,)
+    torch.testing.assert_close(policy.log_prob(actions).double(), log_prob, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(policy.entropy().double(), entropy, atol=1e-5, rtol=1e-5)
+
+
+def test_discrete_actions_follow_the_policy():
+    """Acting from another distribution than the one that learning assumes: each frequency within 5 deviations."""
+    agent, _ = make_agent(Discrete(4))
+    obs, rows = torch.randn(3, 5), 20_000
+    probs = agent(obs)[0].probs.detach().numpy()
+    assert probs.std() > 0.1
+    for row, expected in zip(obs, probs, strict=True):
+        actions = agent.act(row.expand(rows, 5).numpy())
+        counts = np.bincount(actions, minlength=4)
+        assert (abs(counts - rows * expected) < 5 * np.sqrt(rows * expected * (1 - expected)) + 1).all()
+
+
+def test_box_actions_follow_the_policy():
+    """Mean or deviation other than learning assumes, or one noise for all dimensions or all environments."""
+    agent, _ = make_agent(BOX)
+    obs, rows = torch.randn(1, 5), 20_000
+    actions = agent.act(obs.expand(rows, 5).numpy())
+    mean, std = agent.actor(obs)[0].detach().numpy(), np.exp([-0.5, 0.3])
+    assert (abs(actions.mean(0) - mean) < 5 * std / np.sqrt(rows)).all()
+    assert actions.std(0) == pytest.approx(std, rel=0.03)
+    assert abs(np.corrcoef(actions.T)[0, 1]) < 0.04
+    assert (abs((actions - mean) / std) < 1).mean() == pytest.approx(0.6827, abs=0.015)
+
+
+@BOTH
+def test_greedy_is_the_mode(space):
+    """An evaluation that still samples."""
+    agent, _ = make_agent(space)
+    obs = torch.randn(50, 5)
+    out = agent.actor(obs).detach()
+    actions = agent.act(obs.numpy(), greedy=True)
+    assert actions == pytest.approx((out.argmax(-1) if agent.discrete else out).numpy(), abs=1e-6)
+    assert not np.array_equal(actions, agent.act(obs.numpy()))
+
+
+def test_actions_are_scaled_by_dimension():
+    """Scalar bounds, symmetric bounds, a bias added twice, and infinite bounds that turn actions into nan."""
+    space = Box(np.float32([-1, -3, -np.inf, 0]), np.float32([2, 0.5, np.inf, np.inf]))
+    inside, outside = np.float32([[0, 0, 7, 0.5], [-1, 1, -7, 3]]), np.float32([[-1.5, 1.5, 1e3, -2]])
+    assert to_env(inside, space) == pytest.approx(np.array([[0.5, -1.25, 7, 0.5], [-1, 0.5, -7, 3]]), abs=1e-6)
+    assert to_env(outside, space) == pytest.approx(np.array([[-1, 0.5, 1e3, 0]]))
+    assert to_env(inside, space).dtype == np.float32
+    assert to_env(np.array([0, 2]), Discrete(3, start=-1)).tolist() == [-1, 1]
+
+
+def test_images_are_scaled_once():
+    """Pixels divided by 255 twice or never, channels of boolean images taken for rows, numbers not made one-hot."""
+    frames, grid = Box(0, 255, (2, 36, 36), np.uint8), Box(0, 1, (10, 10, 3), np.bool_)
+    for space, prepare in ((frames, lambda x: x.float() / 255), (grid, lambda x: x.permute(0, 3, 1, 2).float())):
+        agent, _ = make_agent(Discrete(4), space)
+        obs = torch.from_numpy(np.stack([space.sample() for _ in range(3)]))
+        torch.testing.assert_close(agent(obs)[1], agent.critic(agent.trunk(prepare(obs)))[:, 0])
+        assert agent(obs)[1].std() > 0
+    agent, _ = make_agent(Discrete(4), Discrete(3, start=5))
+    torch.testing.assert_close(agent(torch.tensor([5, 7]))[1], agent.critic(torch.eye(3)[[0, 2]])[:, 0])
+
+
+# The loss
+
+
+@BOTH
+def test_first_gradient_is_the_policy_gradient(space):
+    """At ratio 1: a sign, a coefficient or a factor of any of the three terms, or a gradient through the old policy."""
+    agent, args = make_agent(space, vf_coef=0.7, ent_coef=0.3)
+    batch = make_batch(agent)
+    loss, metrics = ppo_loss(agent, batch, 0.2, args)
+    policy, values = reference(agent, batch["obs"])
+    log_probs, entropy = per_row(agent, policy.log_prob(batch["actions"])), per_row(agent, policy.entropy()).mean()
+    value_loss = ((values - batch["returns"]) ** 2).mean()
+    plain = -(batch["advantages"] * log_probs).mean() + 0.7 * value_loss - 0.3 * entropy
+    torch.testing.assert_close(gradients(agent, loss), gradients(agent, plain), atol=1e-5, rtol=1e-4)
+    assert metrics["approx_kl"].item() == pytest.approx(0, abs=1e-6)
+    assert metrics["clip_fraction"].item() == 0
+    assert metrics["entropy"].item() == pytest.approx(entropy.item(), abs=1e-5)
+    assert metrics["value_loss"].item() == pytest.approx(value_loss.item(), rel=1e-5)
+    assert metrics["policy_loss"].item() == pytest.approx(-batch["advantages"].mean().item(), abs=1e-5)
+    assert not any(metric.requires_grad for metric in metrics.values())
+
+
+@BOTH
+@pytest.mark.parametrize("advantage", [1.5, -1.5])
+@pytest.mark.parametrize("ratio", [0.5, 0.85, 1.15, 1.5])
+def test_clipping_is_one_sided(space, advantage, ratio):
+    """A clipped ratio without the minimum, a maximum instead, a clip range of [1/(1+eps), 1+eps], eps taken as 0.1."""
+    agent, args = make_agent(space, vf_coef=0.0)
+    batch = make_batch(agent, shift=np.log(ratio))
+    batch["advantages"] = torch.full((64,), advantage)
+    loss, metrics = ppo_loss(agent, batch, 0.2, args)
+    gone = (advantage > 0 and ratio > 1.2) or (advantage < 0 and ratio < 0.8)  # gained all that it may gain
+    log_probs = per_row(agent, reference(agent, batch["obs"])[0].log_prob(batch["actions"]))
+    plain = -(advantage * ratio * log_probs).mean()
+    grad, expected = gradients(agent, loss), gradients(agent, plain)
+    assert expected.norm() > 0.01
+    torch.testing.assert_close(grad, expected * (0 if gone else 1), atol=1e-5, rtol=1e-3)
+    clipped = min(max(ratio, 0.8), 1.2)
+    assert loss.item() == pytest.approx(-min(ratio * advantage, clipped * advantage), abs=1e-5)
+    assert metrics["clip_fraction"].item() == (abs(ratio - 1) > 0.2)
+    assert metrics["approx_kl"].item() == pytest.approx(ratio - 1 - np.log(ratio), abs=1e-4)
+
+
+@BOTH
+def test_loss_row_by_row(space):
+    """(B, 1) against (B,): the loss of a batch is the mean of the losses of its rows, in whatever order."""
+    agent, args = make_agent(space, ent_coef=0.1)
+    batch = make_batch(agent)
+    batch["log_probs"] += 0.3 * torch.randn(64)
+    loss, metrics = ppo_loss(agent, batch, 0.2, args)
+    assert loss.shape == ()
+    assert all(metric.shape == () for metric in metrics.values())
+    rows = [ppo_loss(agent, {name: x[i : i + 1] for name, x in batch.items()}, 0.2, args) for i in range(64)]
+    assert loss.item() == pytest.approx(np.mean([row.item() for row, _ in rows]), abs=1e-5)
+    for name, metric in metrics.items():
+        assert metric.item() == pytest.approx(np.mean([row[name].item() for _, row in rows]), abs=1e-5)
+    order = torch.randperm(64)
+    permuted, _ = ppo_loss(agent, {name: x[order] for name, x in batch.items()}, 0.2, args)
+    assert permuted.item() == pytest.approx(loss.item(), abs=1e-5)
+
+
+# The gradient step
+
+
+def make_theta(agent):
+    theta = torch.nn.utils.parameters_to_vector(agent.parameters()).detach()
+    torch.nn.utils.vector_to_parameters(theta, agent.parameters())
+    return theta
+
+
+@BOTH
+@pytest.mark.parametrize("max_grad_norm", [0.05, 1e6])
+def test_update_scales_the_global_gradient(space, max_grad_norm):
+    """Gradients clipped per tensor or per element, not at all, always scaled, or parameters that never change."""
+    agent, args = make_agent(space, max_grad_norm=max_grad_norm)
+    batch = make_batch(agent)
+    gradient = gradients(agent, ppo_loss(agent, batch, 0.2, args)[0])
+    theta = make_theta(agent)
+    before = torch.nn.utils.parameters_to_vector(agent.parameters()).detach().clone()
+    ppo_clip.update(agent, theta, torch.optim.SGD([theta], lr=1.0), batch, 0.2, args)
+    step = before - torch.nn.utils.parameters_to_vector(agent.parameters()).detach()
+    assert gradient.norm() > 0.1
+    expected = gradient * min(1, max_grad_norm / gradient.norm().item())
+    torch.testing.assert_close(step, expected, atol=1e-5, rtol=1e-3)
+
+
+def test_compiled_update_equals_eager_update(monkeypatch):
+    """A compiled step that works on copies of the parameters, or with the coefficients of its first call."""
+    monkeypatch.setattr(torch._dynamo.config, "trace_autograd_ops", True)
+    results = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        agent, args = make_agent(BOX, ent_coef=0.01)
+        theta = make_theta(agent)
+        optimizer = torch.optim.Adam([theta], torch.tensor(1e-2), eps=1e-5, fused=not compiled)
+        step = torch.compile(ppo_clip.update, dynamic=True) if compiled else ppo_clip.update
+        torch.manual_seed(1)
+        history = [torch.nn.utils.parameters_to_vector(agent.parameters()).detach().clone()]
+        metrics = []
+        for i, rows in enumerate((64, 64, 63, 64, 63, 40)):  # sizes, learning rate and clip range change as in train()
+            optimizer.param_groups[0]["lr"].fill_(1e-2 * (1 - i / 6))
+            batch = make_batch(agent, rows, shift=0.1)
+            metrics.append(step(agent, theta, optimizer, batch, 0.2 * (1 - i / 6), args))
+            history.append(torch.nn.utils.parameters_to_vector(agent.parameters()).detach().clone())
+        results.append((torch.stack(history), metrics))
+    (eager, eager_metrics), (compiled, compiled_metrics) = results
+    torch.testing.assert_close(compiled, eager, atol=1e-5, rtol=1e-5)
+    assert ((eager[1:] - eager[:-1]).abs().amax(1) > 1e-4).all()
+    for a, b in zip(eager_metrics, compiled_metrics, strict=True):
+        assert {k: v.item() for k, v in a.items()} == pytest.approx({k: v.item() for k, v in b.items()}, abs=1e-4)
+
+
+# train()
+
+
+def watch(monkeypatch, folder, **given):
+    """Train on a Tagged environment; return each iteration's valid rows and advantages and its gradient steps."""
+    iterations, T, N = [], 16, 3
+    monkeypatch.setattr(envs.Tagged, "instances", [])
+
+    def after_gae(advantages, *_):
+        k = len(iterations)
+        rows = [(row["t"] - k * T, env.index, row) for env in envs.Tagged.instances for row in env.log[-T:]]
+        rows = {tuple(row["obs"].tolist()): advantages[t, i].item() for t, i, row in rows if t >= 0}
+        iterations.append((rows, []))
+
+    def before_update(agent, theta, optimizer, batch, clip_coef, args):
+        with torch.no_grad():
+            policy, _ = agent(batch["obs"])
+            ratio = (policy.log_prob(batch["actions"]) - batch["log_probs"]).exp()
+        step = dict(batch=batch, clip_coef=clip_coef, lr=float(optimizer.param_groups[0]["lr"]), ratio=ratio)
+        iterations[-1][1].append(step)
+
+    def after_update(metrics, *_):
+        iterations[-1][1][-1]["metrics"] = metrics
+
+    spy(monkeypatch, ppo_clip, "compute_gae", after=after_gae)
+    spy(monkeypatch, ppo_clip, "update", before_update, after_update)
+    plain = dict(env_id="test/Tagged-v0", num_envs=N, num_steps=T, total_timesteps=N * T * 5, num_minibatches=4)
+    ppo_clip.train(make_args(ppo_clip, folder, **(plain | dict(update_epochs=3, learning_rate=1e-2) | given)))
+    assert len(iterations) == 5
+    return iterations
+
+
+@pytest.mark.parametrize("name", ["Tagged", "TaggedBox"])
+@pytest.mark.parametrize("norm_obs", [False, True])
+def test_first_ratio_is_1(monkeypatch, tmp_path, name, norm_obs):
+    """Old log-probabilities of clipped actions, of other rows, or under other statistics than those that act."""
+    for _, steps in watch(monkeypatch, tmp_path, env_id=f"test/{name}-v0", norm_obs=norm_obs):
+        assert (steps[0]["ratio"] - 1).abs().max() < 2e-6
+        assert steps[0]["metrics"]["approx_kl"].item() == pytest.approx(0, abs=1e-6)
+        assert steps[0]["metrics"]["clip_fraction"].item() == 0
+        assert (steps[-1]["ratio"] - 1).abs().max() > 1e-3
+
+
+def test_minibatches_partition_the_valid_rows(monkeypatch, tmp_path):
+    """Rows sampled with replacement, left over or used twice, reset steps among them, one order for all epochs."""
+    for rows, steps in watch(monkeypatch, tmp_path):
+        assert len(steps) == 3 * 4
+        orders = []
+        for epoch in range(3):
+            minibatches = [step["batch"]["obs"] for step in steps[4 * epoch : 4 * epoch + 4]]
+            orders.append([tuple(obs) for obs in torch.cat(minibatches).tolist()])
+            assert sorted(orders[-1]) == sorted(rows)
+            sizes = [len(obs) for obs in minibatches]
+            assert max(sizes) - min(sizes) <= 1
+        assert orders[0] != orders[1] != orders[2] != sorted(rows)
+
+
+def test_advantages_are_normalised_over_the_valid_rows(monkeypatch, tmp_path):
+    """Reset steps in the mean or the deviation, statistics per minibatch, or targets made of normalised advantages."""
+    for rows, steps in watch(monkeypatch, tmp_path):
+        raw = np.array(list(rows.values()))
+        expected = {obs: (a - raw.mean()) / raw.std(ddof=1) for obs, a in rows.items()}
+        for step in steps:
+            for obs, advantage in zip(step["batch"]["obs"].tolist(), step["batch"]["advantages"].tolist(), strict=True):
+                assert advantage == pytest.approx(expected[tuple(obs)], abs=1e-4)
+
+
+@pytest.mark.parametrize("anneal", [False, True])
+def test_annealing(monkeypatch, tmp_path, anneal):
+    """A schedule that starts late, ends early, or moves only one of step size and clip range."""
+    iterations = watch(monkeypatch, tmp_path, anneal_lr=anneal, anneal_clip=not anneal, clip_coef=0.3)
+    for k, (_, steps) in enumerate(iterations):
+        falling = 1 - k / 5
+        for step in steps:
+            assert step["lr"] == pytest.approx(1e-2 * (falling if anneal else 1))
+            assert step["clip_coef"] == pytest.approx(0.3 * (1 if anneal else falling))
+
+
+def test_ratio_of_a_later_epoch_keeps_the_old_policy(monkeypatch, tmp_path):
+    """Old log-probabilities computed anew in each epoch, which makes every ratio 1 and the clipping idle."""
+    for _, steps in watch(monkeypatch, tmp_path, update_epochs=2, num_minibatches=1, learning_rate=0.05):
+        first, second = ({tuple(o): x for o, x in zip(step["batch"]["obs"].tolist(), step["batch"]["log_probs"].tolist())}
+                         for step in steps)  # fmt: skip
+        assert first == second
+        assert steps[1]["metrics"]["clip_fraction"].item() > 0
