@@ -49,6 +49,7 @@ class Args:
     vf_coef: float = 0.5  # c1, weight of the value loss
     ent_coef: float = 0.0  # c2, weight of the entropy bonus
     max_grad_norm: float = 0.5  # longer gradients are scaled down to this norm
+    log_std_init: float = 0.0  # logarithm of the initial standard deviation (Box actions)
     hidden_size: int = 64  # units in each of the two hidden layers (vector observations)
     norm_obs: bool = False  # normalise vector observations by their running mean and deviation
     norm_reward: bool = True  # divide rewards by the running deviation of the discounted return
@@ -67,7 +68,7 @@ class Args:
 
     def __post_init__(self) -> None:
         """Raise ValueError with one sentence if a value is impossible."""
-        lowest = dict(num_steps=2, seed=0, torch_threads=0)  # num_steps: of two steps in a row, one is no reset
+        lowest = dict(num_steps=2, seed=0, torch_threads=0, log_std_init=-20)  # of two steps in a row, one is no reset
         for name, value in asdict(self).items():
             low, high = (
                 lowest.get(name, int(type(value) is int)),
@@ -76,10 +77,10 @@ class Args:
             if isinstance(value, int | float) and not low <= value <= high:
                 raise ValueError(f"{name} must lie in [{low}, {high}], but is {value}")
         batch_size = self.num_envs * self.num_steps
-        if batch_size > self.total_timesteps or batch_size % self.num_minibatches:
-            raise ValueError(
-                f"num_envs * num_steps = {batch_size} exceeds total_timesteps or is no multiple of num_minibatches"
-            )
+        if batch_size > self.total_timesteps:
+            raise ValueError(f"num_envs * num_steps = {batch_size} exceeds total_timesteps = {self.total_timesteps}")
+        if batch_size % self.num_minibatches:
+            raise ValueError(f"num_envs * num_steps = {batch_size} is not divisible by num_minibatches")
         if self.device != "auto" and not getattr(torch, self.device).is_available():
             raise ValueError(f"device {self.device} is not available on this machine")
 
@@ -91,7 +92,8 @@ FAMILIES = {
     "LunarLander BipedalWalker": dict(total_timesteps=1_000_000, learning_rate=3e-4, anneal_lr=False, num_envs=16,
         num_steps=1024, num_minibatches=256, gamma=0.999, gae_lambda=0.98, ent_coef=0.01),
     "HalfCheetah Hopper Walker2d Ant Humanoid Swimmer Reacher Pusher Inverted": dict(total_timesteps=1_000_000,
-        learning_rate=3e-4, num_envs=1, num_steps=2048, update_epochs=10, num_minibatches=32, norm_obs=True),
+        learning_rate=3e-4, num_envs=1, num_steps=2048, update_epochs=10, num_minibatches=32, norm_obs=True,
+        log_std_init=-0.7),
     "MinAtar/": dict(total_timesteps=1_000_000, num_envs=64, num_minibatches=8, ent_coef=0.01, norm_reward=False),
     "ALE/": dict(total_timesteps=10_000_000, learning_rate=2.5e-4, num_envs=8, update_epochs=3, clip_coef=0.1,
         anneal_clip=True, vf_coef=1.0, ent_coef=0.01, norm_reward=False, clip_reward=True, torch_threads=0),
@@ -138,7 +140,7 @@ class Agent(nn.Module):
             self.trunk = nn.Sequential(*layers, nn.Flatten(), nn.LazyLinear(width), nn.ReLU())
         num_outputs = gym.spaces.flatdim(action_space)
         self.actor, self.critic = mlp(width, *hidden, num_outputs), mlp(width, *hidden, 1)
-        self.log_std = None if self.discrete else nn.Parameter(torch.zeros(num_outputs))
+        self.log_std = None if self.discrete else nn.Parameter(torch.full((num_outputs,), args.log_std_init))
         self.return_norm = RunningNorm()
         self(torch.as_tensor(obs_space.sample()[None]))  # shows the lazy layers their inputs
         for layer in self.modules():
@@ -172,16 +174,15 @@ class Agent(nn.Module):
         x = self.features(torch.from_numpy(obs).to(self.device))
         for layer in self.actor:
             x = layer.forward(x)
-        if not greedy:  # the argmax of logits with Gumbel noise is a sample
-            noise = (
-                -torch.empty_like(x).exponential_().log() if self.discrete else self.log_std.exp() * torch.randn_like(x)
-            )
-            x = x + noise
+        if not greedy and self.discrete:
+            x = x - torch.empty_like(x).exponential_().log()  # Gumbel-max trick: the argmax is now a sample
+        elif not greedy:
+            x = x + self.log_std.exp() * torch.randn_like(x)
         return (x.argmax(-1) if self.discrete else x).numpy(force=True)
 
 
 def compute_gae(rewards: Tensor, values: Tensor, terminated: Tensor, done: Tensor, gamma: float, lam: float) -> Tensor:
-    """Advantages (T, N) from rewards, terminated, done (T, N), values (T + 1, N); done means terminated or truncated."""
+    """Advantages (T, N) from rewards, terminated, done (T, N), values (T + 1, N); done is terminated or truncated."""
     deltas = rewards + gamma * ~terminated * values[1:] - values[:-1]  # PPO eq. 12; termination stops the bootstrap
     advantage, advantages = torch.zeros_like(deltas[0]), []
     for delta, decay in zip(deltas.flip(0), (gamma * lam * ~done).flip(0)):  # an end of either kind stops the trace
@@ -222,8 +223,9 @@ def make_envs(env_id: str, num_envs: int, video: bool = False) -> gym.vector.Vec
         gym.register_envs(importlib.import_module("ale_py"))
         options = dict(reward_clipping=False)  # scores count whole
     elif env_id.startswith("MinAtar/"):
-        importlib.import_module("minatar.gym").register_envs()
         options |= dict(max_episode_steps=10_000)  # MinAtar sets no limit
+        if env_id not in gym.registry:
+            importlib.import_module("minatar.gym").register_envs()
     envs = gym.make_vec(env_id, num_envs, **options)
     obs, action, mode = envs.single_observation_space, envs.single_action_space, envs.metadata.get("autoreset_mode")
     dims = len(obs.shape) if isinstance(obs, Box) else -isinstance(obs, Discrete)
@@ -263,34 +265,44 @@ class Run:
             torch.set_rng_state(saved["rng"])
             for key, part in parts.items():
                 part.load_state_dict(saved[key])
-        self.dir.mkdir(parents=True, exist_ok=True)
+        self.wandb = importlib.import_module("wandb") if args.track else None
+        if self.wandb and self.wandb.setup().settings.mode == "online" and not self.wandb.login(prompt=False):
+            raise ValueError("--track needs `wandb login` first, or WANDB_MODE=offline")
+        if args.capture_video:
+            importlib.import_module("moviepy")  # missing packages are missed before training
+        self.dir.mkdir(parents=True, exist_ok=bool(args.resume or args.run_dir))
         status, commit = subprocess.getstatusoutput(f'git -C "{Path(__file__).parent}" rev-parse HEAD')
         versions = {package.name: package.version for package in importlib.metadata.distributions()}
         self.config = asdict(args) | dict(algo=algo, git_commit=None if status else commit, versions=versions)
         (self.dir / "config.json").write_text(json.dumps(self.config, indent=1))
         self.log_file = open(self.dir / "metrics.jsonl", "a")
         self.log_file.truncate(self.state["log_size"])
-        if args.track:
-            importlib.import_module("wandb").init(
-                project="foliorl", name=self.dir.name, dir=self.dir, config=self.config
-            )
-        style = {} if os.isatty(2) else dict(mininterval=10, bar_format="{n}/{total} steps, {rate_fmt}{postfix}\n")
-        self.bar = tqdm(total=args.total_timesteps, initial=self.state["step"], unit=" steps", **style)
-        self.start = time.time() - self.state["wall_time"]
+        if self.wandb:
+            self.wandb.init(project="foliorl", name=self.dir.name, dir=self.dir, config=self.config)
+        progress = dict(initial=self.state["step"], total=args.total_timesteps, unit=" steps")
+        self.bar = tqdm(**progress, disable=not os.isatty(2))  # without a terminal, log() prints lines
+        self.start, self.next_line = time.time() - self.state["wall_time"], time.time()
 
     def log(self, step: int, returns: list[float], metrics: dict[str, float]) -> None:
         """Record an iteration: the steps so far, the returns of the episodes it finished, its metrics."""
         if not np.isfinite(list(metrics.values())).all():
-            raise ValueError(f"training diverged before step {step}; {self.dir} keeps the last good checkpoint")
+            self.bar.close()
+            raise ValueError(
+                f"training diverged before step {step}; the last checkpoint in {self.dir}, if any, is good"
+            )
         last_step, recent, now = self.state["step"], (self.state["returns"] + returns)[-100:], time.time() - self.start
         self.state |= dict(step=step, wall_time=now, returns=recent)
         line = dict(global_step=step, wall_time=now, SPS=step / now, episodes=len(returns))
         line |= dict(episodic_return=sum(returns) / len(returns) if returns else None) | metrics
         print(json.dumps(line), file=self.log_file, flush=True)
-        if self.args.track:
-            importlib.import_module("wandb").log(line, step=step)
-        self.bar.set_postfix_str(f"return {np.mean(recent):.1f}" if recent else "", refresh=False)
+        if self.wandb:
+            self.wandb.log(line, step=step)
+        status = f"return {np.mean(recent):.1f}" if recent else "no episode has ended"
+        self.bar.set_postfix_str(status, refresh=False)
         self.bar.update(step - last_step)
+        if self.bar.disable and time.time() > self.next_line:
+            self.next_line = time.time() + 10
+            print(f"{step} of {self.args.total_timesteps} steps, {step / now:.0f} steps/s, {status}", flush=True)
         if step // self.args.checkpoint_every > last_step // self.args.checkpoint_every:
             self.save()
 
@@ -310,6 +322,8 @@ class Run:
         )
         result |= dict(sps=self.state["step"] / wall_time, wall_time=wall_time)
         (self.dir / "result.json").write_text(json.dumps(result, indent=1))
+        if self.wandb:
+            self.wandb.finish()
         print(f"{self.dir}: the deterministic policy returns {mean:.1f} +- {np.std(eval_returns):.1f}")
         return result
 
@@ -416,8 +430,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
 if __name__ == "__main__":
     try:
         train(parse_args())
-    except Exception as error:
-        library = type(error).__module__.split(".")[0]
-        if not isinstance(error, ValueError | OSError | ImportError) and library not in ("gymnasium", "wandb"):
-            raise
+    except (ValueError, OSError, ImportError, gym.error.Error) as error:
         argparse.ArgumentParser().exit(2, f"{Path(__file__).name}: {error}\n")
+    except KeyboardInterrupt:
+        argparse.ArgumentParser().exit(130, "interrupted; --resume DIR continues from the last checkpoint\n")
