@@ -11,6 +11,10 @@ MODULES = [importlib.import_module(f"algos.{script.stem}") for script in SCRIPTS
 ON_POLICY = [module for module in MODULES if hasattr(module, "compute_gae")]
 
 
+def pytest_configure(config):
+    config.option.log_level = config.option.log_level or "WARNING"  # the compiler's log would bury a failure
+
+
 @pytest.fixture(autouse=True)
 def _one_thread_and_one_seed():
     torch.set_num_threads(1)
@@ -33,10 +37,10 @@ def spy(monkeypatch, module, name, before=None, after=None):
     """Let before(*inputs) and after(output, *inputs) see every call of a function of a module."""
     function = getattr(module, name)
 
-    def spied(*inputs):
+    def spied(*inputs, **options):
         if before:
             before(*inputs)
-        output = function(*inputs)
+        output = function(*inputs, **options)
         if after:
             after(output, *inputs)
         return output

@@ -131,7 +131,7 @@ def test_running_norm_against_numpy(module, shape):
 
 @on_policy
 def test_observation_statistics_count_each_frame_once(module, monkeypatch, tmp_path):
-    """Frames of reset steps counted, frames counted in every epoch, or statistics that the evaluation goes on moving."""
+    """Frames of reset steps counted, frames counted in every epoch, or statistics that move on in the evaluation."""
     seen = watch(module, monkeypatch, tmp_path, norm_obs=True, update_epochs=2)
     frames = np.stack([row["obs"] for env in seen.trained for row in env.log if row["t"] < T * ITERATIONS])
     norm = seen.agent.trunk
@@ -144,7 +144,7 @@ def test_observation_statistics_count_each_frame_once(module, monkeypatch, tmp_p
 
 @on_policy
 def test_rewards_are_divided_by_the_deviation_of_returns(module, monkeypatch, tmp_path):
-    """Another discount than the algorithm's, sums that run on across an end, reset steps counted, a mean subtracted."""
+    """Another discount than the algorithm's, sums that run on across an end, reset steps counted, a mean taken off."""
     seen = watch(module, monkeypatch, tmp_path, norm_reward=True, gamma=0.8)
     sums = []
     for iteration in seen.iterations:
@@ -166,7 +166,7 @@ def test_rewards_are_divided_by_the_deviation_of_returns(module, monkeypatch, tm
 @on_policy
 @pytest.mark.parametrize("norm_reward", [False, True])
 def test_log_keeps_true_returns(module, monkeypatch, tmp_path, norm_reward):
-    """Returns of clipped or normalised rewards in the log, rewards of reset steps added, episodes lost or cut in two."""
+    """Returns of clipped or normalised rewards in the log, episodes lost or cut in two by the end of a rollout."""
     seen = watch(module, monkeypatch, tmp_path, clip_reward=not norm_reward, norm_reward=norm_reward)
     finished, ends = [], sorted((row["t"], env.index, key(row["obs"])[2]) for env in seen.trained for row in env.log
                                 if row["terminated"] or row["truncated"])  # fmt: skip
