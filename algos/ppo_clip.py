@@ -191,7 +191,7 @@ def compute_gae(rewards: Tensor, values: Tensor, terminated: Tensor, done: Tenso
     return torch.stack(advantages[::-1])
 
 
-def ppo_loss(agent: Agent, batch: dict[str, Tensor], clip_coef: float, args: Args) -> tuple[Tensor, dict[str, Tensor]]:
+def ppo_loss(agent: Agent, batch: dict[str, Tensor], clip_coef: Tensor, args: Args) -> tuple[Tensor, dict[str, Tensor]]:
     """The negative of PPO eq. 9 on a batch with one transition per row, and what to log."""
     policy, values = agent(batch["obs"])
     log_ratio = policy.log_prob(batch["actions"]) - batch["log_probs"]
@@ -207,7 +207,9 @@ def ppo_loss(agent: Agent, batch: dict[str, Tensor], clip_coef: float, args: Arg
     return loss, {name: metric.detach() for name, metric in metrics.items()}
 
 
-def update(agent: Agent, theta: Tensor, optimizer: torch.optim.Adam, batch: dict, clip_coef: float, args: Args) -> dict:
+def update(
+    agent: Agent, theta: Tensor, optimizer: torch.optim.Adam, batch: dict, clip_coef: Tensor, args: Args
+) -> dict:
     """One step of Adam on theta, the vector of all parameters, down the gradient of ppo_loss; returns its metrics."""
     loss, metrics = ppo_loss(agent, batch, clip_coef, args)
     theta.grad = torch.cat([gradient.flatten() for gradient in torch.autograd.grad(loss, list(agent.parameters()))])
@@ -370,7 +372,7 @@ def train(args: Args) -> dict:
     done, score, discounted = np.zeros(args.num_envs, bool), np.zeros(args.num_envs), np.zeros(args.num_envs)
     for iteration in range(first_iteration, num_iterations):
         remaining = 1 - iteration / num_iterations
-        clip_coef = args.clip_coef * (remaining if args.anneal_clip else 1)
+        clip_coef = torch.tensor(args.clip_coef * (remaining if args.anneal_clip else 1), device=agent.device)
         optimizer.param_groups[0]["lr"].fill_(args.learning_rate * (remaining if args.anneal_lr else 1))
 
         steps, finished = [], []
