@@ -16,6 +16,7 @@ import importlib.metadata
 import json
 import os
 import subprocess
+import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -68,7 +69,7 @@ class Args:
 
     def __post_init__(self) -> None:
         """Raise ValueError with one sentence if a value is impossible."""
-        lowest = dict(num_steps=2, seed=0, torch_threads=0, log_std_init=-20)  # of two steps in a row, one is no reset
+        lowest = dict(num_steps=4, seed=0, torch_threads=0, log_std_init=-20)  # of 4 steps at least 2 are no resets
         for name, value in asdict(self).items():
             low, high = (
                 lowest.get(name, int(type(value) is int)),
@@ -221,6 +222,8 @@ def update(
 def make_envs(env_id: str, num_envs: int, video: bool = False) -> gym.vector.VectorEnv:
     """Environments side by side in autoreset mode NEXT_STEP, native vector ones where there are."""
     options = dict(render_mode="rgb_array", vectorization_mode="sync") if video else {}
+    if video and sys.platform == "linux" and not os.environ.get("DISPLAY"):
+        os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a screen
     if env_id.startswith("ALE/"):
         gym.register_envs(importlib.import_module("ale_py"))
         options = dict(reward_clipping=False)  # scores count whole
@@ -380,14 +383,16 @@ def train(args: Args) -> dict:
             action, valid = agent.act(obs), ~done  # the step after an end resets the environment: no transition
             next_obs, reward, terminated, truncated, _ = envs.step(to_env(action, envs.single_action_space))
             done = terminated | truncated
-            score, discounted = score * valid + reward, args.gamma * discounted * valid + reward
+            score = score * valid + reward
             finished += score[done].tolist()
+            reward = reward.clip(-1, 1) if args.clip_reward else reward
+            discounted = args.gamma * discounted * valid + reward
             steps.append((obs, action, reward, terminated, done, valid, discounted))
             obs = next_obs
         rollout = [torch.from_numpy(np.stack(column)).to(agent.device) for column in zip(*steps)]
         all_obs, actions, rewards, terminations, ends, valid, discounted_returns = rollout
 
-        rewards = rewards.float().clamp(-1, 1) if args.clip_reward else rewards.float()
+        rewards = rewards.float()
         if args.norm_reward:
             agent.return_norm.update(discounted_returns[valid].float())
             rewards = (rewards * torch.rsqrt(agent.return_norm.var + 1e-8)).clamp(-10, 10)
@@ -401,9 +406,10 @@ def train(args: Args) -> dict:
         batch = {name: column[valid] for name, column in batch.items()}
         batch["advantages"] = (batch["advantages"] - batch["advantages"].mean()) / (batch["advantages"].std() + 1e-8)
 
-        history = []
+        history, num_rows = [], int(valid.sum())
         for _ in range(args.update_epochs):
-            for rows in torch.randperm(int(valid.sum()), device=agent.device).tensor_split(args.num_minibatches):
+            shuffled = torch.randperm(num_rows, device=agent.device)
+            for rows in shuffled.tensor_split(min(args.num_minibatches, num_rows)):
                 minibatch = {name: column[rows] for name, column in batch.items()}
                 history.append(gradient_step(agent, theta, optimizer, minibatch, clip_coef, args))
         if isinstance(agent.trunk, RunningNorm):

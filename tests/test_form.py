@@ -13,10 +13,16 @@ import twins
 from conftest import SCRIPTS
 
 ROOT = Path(__file__).parents[1]
-MAX_LINES = 440  # the aim is 350, which no script with every environment, resuming and tracking has met
+MAX_LINES = 450  # the aim is 350, which no script with every environment, resuming and tracking has met
 MAX_DOCSTRING = 15
 ALLOWED = {"gymnasium", "numpy", "torch", "tyro", "tqdm"}  # beside the standard library
-OPTIONAL = {"ale_py", "minatar.gym", "wandb", "gymnasium.utils.save_video"}  # imported where needed, by importlib
+OPTIONAL = {
+    "ale_py",
+    "minatar.gym",
+    "moviepy",
+    "wandb",
+    "gymnasium.utils.save_video",
+}  # imported where needed, by importlib
 HEAVY = ["ale_py", "minatar", "wandb", "moviepy", "mujoco", "Box2D"]  # no plain run should wait for them or need them
 
 each_script = pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)

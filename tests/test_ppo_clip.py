@@ -295,7 +295,7 @@ def watch(monkeypatch, folder, **given):
         with torch.no_grad():
             policy, _ = agent(batch["obs"])
             ratio = (policy.log_prob(batch["actions"]) - batch["log_probs"]).exp()
-        step = dict(batch=batch, clip_coef=clip_coef, lr=float(optimizer.param_groups[0]["lr"]), ratio=ratio)
+        step = dict(batch=batch, clip_coef=float(clip_coef), lr=float(optimizer.param_groups[0]["lr"]), ratio=ratio)
         iterations[-1][1].append(step)
 
     def after_update(metrics, *_):
@@ -390,3 +390,12 @@ def test_compiled_training_equals_eager_training(monkeypatch, tmp_path):
     for a, b in zip(eager_lines, compiled_lines, strict=True):
         assert 0.1 < a["clip_fraction"] == pytest.approx(b["clip_fraction"])
         assert a["value_loss"] == pytest.approx(b["value_loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("sizes", [(1, 8, 8), (1, 4, 1), (4, 4, 16)], ids=str)
+def test_fewer_transitions_than_minibatches(tmp_path, sizes):
+    """Empty minibatches, or the deviation of a single advantage, where every second step is a reset."""
+    num_envs, num_steps, num_minibatches = sizes
+    args = make_args(ppo_clip, tmp_path, env_id="test/ValueOnly-v0", num_envs=num_envs, num_steps=num_steps,
+                     num_minibatches=num_minibatches, total_timesteps=64)  # fmt: skip
+    assert ppo_clip.train(args)["eval_mean"] == 1

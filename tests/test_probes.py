@@ -10,7 +10,7 @@ from conftest import make_args, on_policy, spy
 def learn(module, monkeypatch, folder, name, **given):
     """Train on test/<name>-v0; return the agent and the mean return of its deterministic policy."""
     plain = dict(env_id=f"test/{name}-v0", total_timesteps=4096, num_envs=4, num_steps=32, learning_rate=1e-2)
-    plain |= dict(update_epochs=4, num_minibatches=2, gamma=0.9, eval_episodes=20)
+    plain |= dict(update_epochs=4, num_minibatches=2, gamma=0.9, eval_episodes=20, anneal_lr=True)
     agents = []
     spy(monkeypatch, module, "evaluate", before=lambda agent, *_: agents.append(agent))
     result = module.train(make_args(module, folder, **(plain | given)))
@@ -61,7 +61,7 @@ def test_policy_finds_the_paid_action(module, monkeypatch, tmp_path):
 @on_policy
 def test_policy_depends_on_the_observation(module, monkeypatch, tmp_path):
     """Actions, advantages and observations of different rows mixed up."""
-    agent, mean = learn(module, monkeypatch, tmp_path, "ObsActionReward", total_timesteps=2048)
+    agent, mean = learn(module, monkeypatch, tmp_path, "ObsActionReward", learning_rate=5e-3)
     assert mean == 1
     policy = agent(torch.tensor([[-1.0], [1.0]]))[0].probs
     assert policy[0, 0] > 0.9
@@ -81,7 +81,7 @@ def test_truncation_is_bootstrapped(module, monkeypatch, tmp_path, gae_lambda):
 def test_bootstrap_takes_the_true_last_observation(module, monkeypatch, tmp_path):
     """The bootstrap from V(s_t) or from V of the observation after the reset."""
     agent, _ = learn(module, monkeypatch, tmp_path, "Successor", total_timesteps=8192, num_steps=33, num_minibatches=1)
-    assert value(agent, -1, 1) == near([9, 10], 0.2)
+    assert value(agent, -1, 1) == near([9, 10], 0.1)
 
 
 @on_policy
@@ -95,13 +95,13 @@ def test_both_ends_at_once_are_a_termination(module, monkeypatch, tmp_path):
 def test_bounds_of_each_dimension_and_side(module, monkeypatch, tmp_path):
     """One bound for all dimensions, symmetric bounds, a bias added twice, actions outside the space."""
     monkeypatch.setattr(envs.Bounds, "actions", [])
-    agent, mean = learn(module, monkeypatch, tmp_path, "Bounds")
+    agent, mean = learn(module, monkeypatch, tmp_path, "Bounds", total_timesteps=8192, num_steps=64)
     space, actions = envs.Bounds.action_space, np.stack(envs.Bounds.actions)
     assert all(map(space.contains, envs.Bounds.actions))
     assert (actions == space.low).any(0).all()  # exploration reached all four bounds, so
     assert (actions == space.high).any(0).all()  # that no action was clipped to less than them
     chosen = module.to_env(agent.act(np.ones((1, 1), np.float32), greedy=True), space)
-    assert chosen[0].tolist() == near(envs.Bounds.optimum.tolist(), 0.2)
+    assert chosen[0].tolist() == near(envs.Bounds.optimum.tolist(), 0.25)
     assert mean == near(0, 0.08)
 
 
@@ -116,14 +116,15 @@ def test_image(module, monkeypatch, tmp_path):
 @on_policy
 def test_grid(module, monkeypatch, tmp_path):
     """Boolean images (H, W, C) whose channels are taken for rows."""
-    _, mean = learn(module, monkeypatch, tmp_path, "Grid", learning_rate=3e-3)
-    assert mean == 1
+    given = dict(total_timesteps=6144, num_minibatches=4, learning_rate=5e-3)
+    _, mean = learn(module, monkeypatch, tmp_path, "Grid", **given)
+    assert mean > 0.85  # by chance -1/3
 
 
 @on_policy
 def test_numbers_that_do_not_start_at_0(module, monkeypatch, tmp_path):
     """Discrete.start forgotten, in observations or in actions."""
-    agent, mean = learn(module, monkeypatch, tmp_path, "Numbers", total_timesteps=2048)
+    agent, mean = learn(module, monkeypatch, tmp_path, "Numbers", learning_rate=5e-3)
     assert mean == 1
     assert value(agent, 5, 6, 7) == near([1, 1, 1], 0.1)
 
@@ -191,14 +192,15 @@ def bootstrap_after_reset(rewards, values, terminated, done, gamma, lam):
         (take_truncation_for_termination, 1.0, 3.59),
         (keep_reset_steps, 0.0, 8.89),
         (keep_reset_steps, 0.95, 9.68),
-        (trace_across_truncations, 0.95, 8.99),
+        (trace_across_truncations, 0.95, 8.91),
     ],
 )
 def test_truncation_probe_sees(module, monkeypatch, tmp_path, bug, gae_lambda, wrong):
     """A probe that could not fail: with the bug put in, V is not 10 but the number that the bug is known by."""
     bug(module, monkeypatch)
-    agent, _ = learn(module, monkeypatch, tmp_path, "Truncation", total_timesteps=6144, gae_lambda=gae_lambda)
-    assert value(agent, 1) == near([wrong], 0.2)
+    given = dict(total_timesteps=7200, num_steps=36, num_minibatches=1, update_epochs=8)  # whole episodes
+    agent, _ = learn(module, monkeypatch, tmp_path, "Truncation", gae_lambda=gae_lambda, **given)
+    assert value(agent, 1) == near([wrong], 0.1)
 
 
 @on_policy
@@ -206,4 +208,4 @@ def test_successor_probe_sees_the_value_after_the_reset(module, monkeypatch, tmp
     """A probe that could not fail: bootstrapping from the reset observation, V(1) = 1 + 0.9 V(-1) = 1 + 0.81 V(1)."""
     bootstrap_after_reset(module, monkeypatch)
     agent, _ = learn(module, monkeypatch, tmp_path, "Successor", total_timesteps=8192, num_steps=33, num_minibatches=1)
-    assert value(agent, -1, 1) == near([0.9 / 0.19, 1 / 0.19], 0.2)
+    assert value(agent, -1, 1) == near([0.9 / 0.19, 1 / 0.19], 0.1)
