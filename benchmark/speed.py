@@ -66,12 +66,10 @@ def make_peer() -> str:
     python = str(folder / "bin" / "python")
     if not (folder / "ready").exists():
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-        pins = [f"{name}=={version(name.split('[')[0])}" for name in ("torch", "numpy", "gymnasium[mujoco]", "mujoco")]
-        _, _, build = version("torch").partition("+")  # builds such as +cpu have an index of their own
-        index = ["--extra-index-url", f"https://download.pytorch.org/whl/{build}"] if build else []
-        for words in (["--no-deps", *index, pins[0]], [*pins, "stable-baselines3"]):
-            if subprocess.run([python, "-m", "pip", "install", "--quiet", *words]).returncode:
-                raise ValueError("the peer could not be installed: --peer-python takes an interpreter that has it")
+        names = ("torch", "numpy", "gymnasium[mujoco]", "mujoco")
+        pins = [f"{name}=={version(name.split('[')[0]).partition('+')[0]}" for name in names]
+        if subprocess.run([python, "-m", "pip", "install", "--quiet", *pins, "stable-baselines3"]).returncode:
+            raise ValueError("the peer could not be installed: --peer-python takes an interpreter that has it")
         (folder / "ready").touch()
     return python
 
