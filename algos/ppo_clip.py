@@ -10,9 +10,9 @@ over several epochs of minibatches of each batch of experience; A is estimated b
 
     python algos/ppo_clip.py --env-id CartPole-v1
 
-Expect 500 there (interquartile mean over 10 seeds) and 6,000 on HalfCheetah-v5 after 1M steps (5 seeds). Not in the
-paper: rewards and, on MuJoCo, observations are normalised, advantages too; orthogonal initialisation; clipped gradients;
-a smaller initial deviation on MuJoCo; actions in [-1, 1] are scaled to the bounds of the environment.
+Expect 500 there (interquartile mean of 10 seeds) and 6,000 on HalfCheetah-v5 after 1M steps (5 seeds). Not in the
+paper: normalised rewards and advantages and, on MuJoCo, observations; orthogonal initialisation; clipped gradients; a
+smaller initial deviation on MuJoCo; actions in [-1, 1] are scaled to the bounds of the environment.
 """
 
 import argparse
