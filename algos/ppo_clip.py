@@ -22,6 +22,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -75,17 +76,13 @@ class Args:
         """Raise ValueError with one sentence if a value is impossible."""
         lowest = dict(num_steps=4, seed=0, torch_threads=0, log_std_init=-20)  # of 4 steps at least 2 are no resets
         for name, value in asdict(self).items():
-            low, high = (
-                lowest.get(name, int(type(value) is int)),
-                1 if name in ("gamma", "gae_lambda") else float("inf"),
-            )
+            low, high = lowest.get(name, int(type(value) is int)), dict(gamma=1, gae_lambda=1).get(name, float("inf"))
             if isinstance(value, int | float) and not low <= value <= high:
                 raise ValueError(f"{name} must lie in [{low}, {high}], but is {value}")
         batch_size = self.num_envs * self.num_steps
-        if batch_size > self.total_timesteps:
-            raise ValueError(f"num_envs * num_steps = {batch_size} exceeds total_timesteps = {self.total_timesteps}")
-        if batch_size % self.num_minibatches:
-            raise ValueError(f"num_envs * num_steps = {batch_size} is not divisible by num_minibatches")
+        if batch_size > self.total_timesteps or batch_size % self.num_minibatches:
+            rule = "may not exceed total_timesteps and must be divisible by num_minibatches"
+            raise ValueError(f"num_envs * num_steps = {batch_size} {rule}")
         if self.device != "auto" and not getattr(torch, self.device).is_available():
             raise ValueError(f"device {self.device} is not available on this machine")
 
@@ -111,7 +108,7 @@ class RunningNorm(nn.Module):
 
     def __init__(self, *shape: int) -> None:
         super().__init__()
-        for name, value in dict(mean=0.0, var=1.0, count=0.0).items():
+        for name, value in dict(mean=0.0, var=1.0, count=0.0, scale=1.0).items():
             self.register_buffer(name, torch.full(shape, value))
 
     def update(self, x: Tensor) -> None:
@@ -120,9 +117,32 @@ class RunningNorm(nn.Module):
         weight, delta = len(x) / self.count, x.mean(0) - self.mean
         self.mean += weight * delta
         self.var += weight * (x.var(0, correction=0) - self.var + (1 - weight) * delta.square())
+        self.scale.copy_(torch.rsqrt(self.var + 1e-8))
 
     def forward(self, x: Tensor) -> Tensor:
-        return ((x - self.mean) * torch.rsqrt(self.var + 1e-8)).clamp(-10, 10)
+        return ((x - self.mean) * self.scale).clamp(-10, 10)
+
+
+class Adam(nn.Module):
+    """Adam (Kingma & Ba 2015) on theta, the vector of all parameters: one tensor to update, one graph to compile."""
+
+    def __init__(self, module: nn.Module) -> None:
+        """The parameters of module become views of theta."""
+        super().__init__()
+        self.register_buffer("theta", nn.utils.parameters_to_vector(module.parameters()).detach())
+        nn.utils.vector_to_parameters(self.theta, module.parameters())
+        for name in ("m", "v"):
+            self.register_buffer(name, torch.zeros_like(self.theta))
+        self.register_buffer("t", torch.zeros((), device=self.theta.device))
+
+    @torch.no_grad()
+    def step(self, gradient: Tensor, learning_rate: Tensor, beta1: float = 0.9, beta2: float = 0.999) -> None:
+        """Move theta down the gradient (P,)."""
+        self.t += 1
+        self.m.lerp_(gradient, 1 - beta1)
+        self.v.lerp_(gradient.square(), 1 - beta2)
+        m_hat, v_hat = self.m / (1 - beta1**self.t), self.v / (1 - beta2**self.t)
+        self.theta -= learning_rate * m_hat / (v_hat.sqrt() + 1e-5)
 
 
 def mlp(*sizes: int) -> nn.Sequential:
@@ -190,11 +210,11 @@ class Agent(nn.Module):
 def compute_gae(rewards: Tensor, values: Tensor, terminated: Tensor, done: Tensor, gamma: float, lam: float) -> Tensor:
     """Advantages (T, N) from rewards, terminated, done (T, N), values (T + 1, N); done is terminated or truncated."""
     deltas = rewards + gamma * ~terminated * values[1:] - values[:-1]  # PPO eq. 12; termination stops the bootstrap
-    advantage, advantages = torch.zeros_like(deltas[0]), []
-    for delta, decay in zip(deltas.flip(0), (gamma * lam * ~done).flip(0)):  # an end of either kind stops the trace
-        advantage = delta + decay * advantage  # PPO eq. 11
-        advantages.append(advantage)
-    return torch.stack(advantages[::-1])
+    deltas, decays = deltas.numpy(force=True), (gamma * lam * ~done).numpy(force=True)  # 5x faster for so small steps
+    advantages = np.zeros_like(deltas, shape=values.shape)
+    for t in reversed(range(len(deltas))):
+        advantages[t] = deltas[t] + decays[t] * advantages[t + 1]  # eq. 11; an end of either kind stops the trace
+    return torch.from_numpy(advantages[:-1]).to(rewards.device)
 
 
 def ppo_loss(agent: Agent, batch: dict[str, Tensor], clip_coef: Tensor, args: Args) -> tuple[Tensor, dict[str, Tensor]]:
@@ -214,13 +234,13 @@ def ppo_loss(agent: Agent, batch: dict[str, Tensor], clip_coef: Tensor, args: Ar
 
 
 def update(
-    agent: Agent, theta: Tensor, optimizer: torch.optim.Adam, batch: dict, clip_coef: Tensor, args: Args
-) -> dict:
-    """One step of Adam on theta, the vector of all parameters, down the gradient of ppo_loss; returns its metrics."""
+    agent: Agent, adam: Adam, batch: dict[str, Tensor], learning_rate: Tensor, clip_coef: Tensor, args: Args
+) -> dict[str, Tensor]:
+    """One step of Adam down the gradient of ppo_loss; returns its metrics."""
     loss, metrics = ppo_loss(agent, batch, clip_coef, args)
-    theta.grad = torch.cat([gradient.flatten() for gradient in torch.autograd.grad(loss, list(agent.parameters()))])
-    nn.utils.clip_grad_norm_([theta], args.max_grad_norm)
-    optimizer.step()
+    gradient = torch.cat([part.flatten() for part in torch.autograd.grad(loss, list(agent.parameters()))])
+    gradient = gradient * (args.max_grad_norm / (gradient.norm() + 1e-6)).clamp(max=1)
+    adam.step(gradient, learning_rate)
     return metrics
 
 
@@ -248,20 +268,24 @@ def make_envs(env_id: str, num_envs: int, video: bool = False) -> gym.vector.Vec
     return envs
 
 
-def to_env(actions: np.ndarray, space: Space) -> np.ndarray:
-    """The policy's actions (N, ...) as the environment's: [-1, 1] becomes [low, high], what lies beyond is clipped."""
+def action_map(space: Space) -> Callable[[np.ndarray], np.ndarray]:
+    """From the policy's actions (N, ...) to the environment's: [-1, 1] becomes [low, high], the rest is clipped."""
     if isinstance(space, Discrete):
-        return actions + space.start
+        return lambda actions: actions + space.start
     bounded = space.bounded_below & space.bounded_above
     low, high = np.where(bounded, space.low, -1), np.where(bounded, space.high, 1)
-    actions = low + (actions.reshape(-1, *space.shape) + 1) / 2 * (high - low)
-    return actions.clip(space.low, space.high).astype(space.dtype)
+
+    def to_env(actions: np.ndarray) -> np.ndarray:
+        actions = low + (actions.reshape(-1, *space.shape) + 1) * ((high - low) / 2)
+        return np.minimum(np.maximum(actions, space.low), space.high).astype(space.dtype, copy=False)
+
+    return to_env
 
 
 class Run:
     """The directory of a run with its files, the progress bar and, with --track, the page on wandb."""
 
-    def __init__(self, args: Args, **parts: nn.Module | torch.optim.Optimizer) -> None:
+    def __init__(self, args: Args, **parts: nn.Module) -> None:
         """Start afresh or, with args.resume, restore `parts` and the random state from the checkpoint."""
         self.args, self.parts, algo = args, parts, Path(__file__).stem
         name = f"{args.env_id.replace('/', '-')}__{algo}__{args.seed}__{time.time():.0f}"
@@ -341,13 +365,12 @@ class Run:
 def evaluate(agent: Agent, args: Args, folder: Path) -> list[float]:
     """Returns of one episode in each of args.eval_episodes fresh environments, under the mode of the policy."""
     envs = make_envs(args.env_id, args.eval_episodes, args.capture_video)
-    obs, _ = envs.reset(seed=10**6 * args.seed + 10**6 // 2)
+    to_env, (obs, _) = action_map(envs.single_action_space), envs.reset(seed=10**6 * args.seed + 10**6 // 2)
     returns, running, frames = np.zeros(args.eval_episodes), np.ones(args.eval_episodes, bool), []
     while running.any():
         if args.capture_video and running[0]:  # ALE cannot render, but its observations are frames
             frames.append(envs.envs[0].render() if hasattr(envs, "envs") else obs[0, -1, :, :, None].repeat(3, -1))
-        actions = to_env(agent.act(obs, greedy=True), envs.single_action_space)
-        obs, rewards, terminated, truncated, _ = envs.step(actions)
+        obs, rewards, terminated, truncated, _ = envs.step(to_env(agent.act(obs, greedy=True)))
         returns += rewards * running
         running &= ~(terminated | truncated)
     if frames:
@@ -363,8 +386,7 @@ def train(args: Args) -> dict:
     torch.set_num_threads(args.torch_threads or os.cpu_count() or 1)
     envs = make_envs(args.env_id, args.num_envs)
     agent = Agent(envs.single_observation_space, envs.single_action_space, args)
-    theta = nn.utils.parameters_to_vector(agent.parameters()).detach()
-    nn.utils.vector_to_parameters(theta, agent.parameters())  # now views of theta: one tensor to update, not a dozen
+    adam, to_env = Adam(agent), action_map(envs.single_action_space)
     batch_size = args.num_envs * args.num_steps
     num_iterations = args.total_timesteps // batch_size
     long = num_iterations * args.update_epochs * args.num_minibatches > 20_000
@@ -372,21 +394,20 @@ def train(args: Args) -> dict:
     if compiled:
         torch._dynamo.config.trace_autograd_ops = True  # lets the compiler see torch.autograd.grad
     gradient_step = torch.compile(update, dynamic=True) if compiled else update
-    optimizer = torch.optim.Adam([theta], torch.tensor(args.learning_rate), eps=1e-5, fused=not compiled)
-    run = Run(args, agent=agent, optimizer=optimizer)
+    run = Run(args, agent=agent, adam=adam)
 
     first_iteration = run.state["step"] // batch_size
     obs, _ = envs.reset(seed=10**6 * args.seed + first_iteration)  # runs share no seeds: environment i takes seed + i
     done, score, discounted = np.zeros(args.num_envs, bool), np.zeros(args.num_envs), np.zeros(args.num_envs)
     for iteration in range(first_iteration, num_iterations):
         remaining = 1 - iteration / num_iterations
+        learning_rate = torch.tensor(args.learning_rate * (remaining if args.anneal_lr else 1), device=agent.device)
         clip_coef = torch.tensor(args.clip_coef * (remaining if args.anneal_clip else 1), device=agent.device)
-        optimizer.param_groups[0]["lr"].fill_(args.learning_rate * (remaining if args.anneal_lr else 1))
 
         steps, finished = [], []
         for _ in range(args.num_steps):
             action, valid = agent.act(obs), ~done  # the step after an end resets the environment: no transition
-            next_obs, reward, terminated, truncated, _ = envs.step(to_env(action, envs.single_action_space))
+            next_obs, reward, terminated, truncated, _ = envs.step(to_env(action))
             done = terminated | truncated
             score = score * valid + reward
             finished += score[done].tolist()
@@ -394,13 +415,13 @@ def train(args: Args) -> dict:
             discounted = args.gamma * discounted * valid + reward
             steps.append((obs, action, reward, terminated, done, valid, discounted))
             obs = next_obs
-        rollout = [torch.from_numpy(np.stack(column)).to(agent.device) for column in zip(*steps)]
+        rollout = [torch.from_numpy(np.array(column)).to(agent.device) for column in zip(*steps)]
         all_obs, actions, rewards, terminations, ends, valid, discounted_returns = rollout
 
         rewards = rewards.float()
         if args.norm_reward:
             agent.return_norm.update(discounted_returns[valid].float())
-            rewards = (rewards * torch.rsqrt(agent.return_norm.var + 1e-8)).clamp(-10, 10)
+            rewards = (rewards * agent.return_norm.scale).clamp(-10, 10)
         with torch.no_grad():
             policy, values = agent(all_obs.flatten(0, 1))
             log_probs = policy.log_prob(actions.flatten(0, 1)).view(rewards.shape)
@@ -416,7 +437,7 @@ def train(args: Args) -> dict:
             shuffled = torch.randperm(num_rows, device=agent.device)
             for rows in shuffled.tensor_split(min(args.num_minibatches, num_rows)):
                 minibatch = {name: column[rows] for name, column in batch.items()}
-                history.append(gradient_step(agent, theta, optimizer, minibatch, clip_coef, args))
+                history.append(gradient_step(agent, adam, minibatch, learning_rate, clip_coef, args))
         if isinstance(agent.trunk, RunningNorm):
             agent.trunk.update(batch["obs"].float())  # not before: acting and learning must see the same policy
         metrics = {name: torch.stack([step[name] for step in history]).mean().item() for name in history[0]}

@@ -125,7 +125,7 @@ def test_running_norm_against_numpy(module, shape):
     x = whole.mean(0) + np.linspace(-60, 60, 9).reshape(-1, *[1] * len(shape))
     expected = np.clip((x - whole.mean(0)) / whole.std(0), -10, 10)
     assert norm(torch.tensor(x, dtype=torch.float32)).numpy() == pytest.approx(expected, abs=1e-2)
-    assert set(norm.state_dict()) == {"mean", "var", "count"}
+    assert set(norm.state_dict()) == {"mean", "var", "count", "scale"}
     assert not list(norm.parameters())
 
 

@@ -13,7 +13,7 @@ import twins
 from conftest import SCRIPTS
 
 ROOT = Path(__file__).parents[1]
-MAX_LINES = 450  # the aim is 350, which no script with every environment, resuming and tracking has met
+MAX_LINES = 470  # the aim is 350, which no script with every environment, resuming and tracking has met
 MAX_DOCSTRING = 15
 ALLOWED = {"gymnasium", "numpy", "torch", "tyro", "tqdm"}  # beside the standard library
 OPTIONAL = {
@@ -110,7 +110,7 @@ def test_many_drifts_at_once_are_repaired_and_defaults_stay(copies):
         ("  # environment steps to train for\n", "  # how long to train\n"),
         ("  # of weights, actions, minibatches and environments\n", "  # of all that is random\n"),
         ("def mlp(*sizes: int) -> nn.Sequential:\n", "def mlp(*sizes: int) -> nn.Sequential:\n    # one\n    # two\n"),
-        ("    return torch.stack(advantages[::-1])\n", "    return torch.stack(list(reversed(advantages)))\n"),
+        ("    for t in reversed(range(len(deltas))):\n", "    for t in range(len(deltas) - 1, -1, -1):\n"),
     ]
     for old, new in edits:
         plant(parent, old, new)

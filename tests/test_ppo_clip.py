@@ -11,7 +11,7 @@ from gymnasium.spaces import Box, Discrete
 from torch.distributions import Categorical, Normal
 
 from algos import ppo_clip
-from algos.ppo_clip import Agent, compute_gae, ppo_loss, to_env
+from algos.ppo_clip import Adam, Agent, action_map, compute_gae, ppo_loss
 
 OBS = Box(-np.inf, np.inf, (5,), np.float32)
 BOX = Box(np.float32([-1, -3]), np.float32([2, 0.5]))
@@ -169,10 +169,11 @@ def test_actions_are_scaled_by_dimension():
     """Scalar bounds, symmetric bounds, a bias added twice, and infinite bounds that turn actions into nan."""
     space = Box(np.float32([-1, -3, -np.inf, 0]), np.float32([2, 0.5, np.inf, np.inf]))
     inside, outside = np.float32([[0, 0, 7, 0.5], [-1, 1, -7, 3]]), np.float32([[-1.5, 1.5, 1e3, -2]])
-    assert to_env(inside, space) == pytest.approx(np.array([[0.5, -1.25, 7, 0.5], [-1, 0.5, -7, 3]]), abs=1e-6)
-    assert to_env(outside, space) == pytest.approx(np.array([[-1, 0.5, 1e3, 0]]))
-    assert to_env(inside, space).dtype == np.float32
-    assert to_env(np.array([0, 2]), Discrete(3, start=-1)).tolist() == [-1, 1]
+    to_env = action_map(space)
+    assert to_env(inside) == pytest.approx(np.array([[0.5, -1.25, 7, 0.5], [-1, 0.5, -7, 3]]), abs=1e-6)
+    assert to_env(outside) == pytest.approx(np.array([[-1, 0.5, 1e3, 0]]))
+    assert to_env(inside).dtype == np.float32
+    assert action_map(Discrete(3, start=-1))(np.array([0, 2])).tolist() == [-1, 1]
 
 
 def test_images_are_scaled_once():
@@ -255,26 +256,40 @@ def parameters(agent):
     return torch.nn.utils.parameters_to_vector(agent.parameters()).detach().clone()
 
 
-def make_theta(agent):
-    theta = torch.nn.utils.parameters_to_vector(agent.parameters()).detach()
-    torch.nn.utils.vector_to_parameters(theta, agent.parameters())
-    return theta
+def test_adam_equals_that_of_torch():
+    """A bias left uncorrected, moments mixed up, epsilon inside the root, parameters that stay behind theta."""
+    ours, theirs = (torch.nn.Linear(3, 2) for _ in range(2))
+    theirs.load_state_dict(ours.state_dict())
+    adam, reference = Adam(ours), torch.optim.Adam(theirs.parameters(), eps=1e-5)
+    for step in range(300):
+        rate = 0.01 * (1 - step / 300)
+        reference.param_groups[0]["lr"] = rate
+        gradient = torch.randn(8) * torch.logspace(-6, 1, 8)
+        for parameter, part in zip(theirs.parameters(), (gradient[:6].view(2, 3), gradient[6:])):
+            parameter.grad = part
+        reference.step()
+        adam.step(gradient, torch.tensor(rate))
+    torch.testing.assert_close(parameters(ours), parameters(theirs), atol=1e-6, rtol=1e-4)
+    assert set(adam.state_dict()) == {"theta", "m", "v", "t"}
 
 
 @BOTH
 @pytest.mark.parametrize("max_grad_norm", [0.05, 1e6])
-def test_update_scales_the_global_gradient(space, max_grad_norm):
+def test_update_scales_the_global_gradient(monkeypatch, space, max_grad_norm):
     """Gradients clipped per tensor or per element, not at all, always scaled, or parameters that never change."""
     agent, args = make_agent(space, max_grad_norm=max_grad_norm)
     batch = make_batch(agent)
     gradient = gradients(agent, ppo_loss(agent, batch, 0.2, args)[0])
-    theta = make_theta(agent)
+    adam, steps = Adam(agent), []
+    spy(monkeypatch, adam, "step", before=lambda *inputs: steps.append(inputs))
     before = parameters(agent)
-    ppo_clip.update(agent, theta, torch.optim.SGD([theta], lr=1.0), batch, 0.2, args)
-    step = before - parameters(agent)
+    ppo_clip.update(agent, adam, batch, torch.tensor(0.25), torch.tensor(0.2), args)
     assert gradient.norm() > 0.1
     expected = gradient * min(1, max_grad_norm / gradient.norm().item())
-    torch.testing.assert_close(step, expected, atol=1e-5, rtol=1e-3)
+    ((scaled, learning_rate),) = steps
+    torch.testing.assert_close(scaled, expected, atol=1e-5, rtol=1e-3)
+    assert learning_rate == 0.25
+    assert (parameters(agent) != before).float().mean() > 0.9
 
 
 # train()
@@ -291,11 +306,11 @@ def watch(monkeypatch, folder, **given):
         rows = {tuple(row["obs"].tolist()): advantages[t, i].item() for t, i, row in rows if t >= 0}
         iterations.append((rows, []))
 
-    def before_update(agent, theta, optimizer, batch, clip_coef, args):
+    def before_update(agent, adam, batch, learning_rate, clip_coef, args):
         with torch.no_grad():
             policy, _ = agent(batch["obs"])
             ratio = (policy.log_prob(batch["actions"]) - batch["log_probs"]).exp()
-        step = dict(batch=batch, clip_coef=float(clip_coef), lr=float(optimizer.param_groups[0]["lr"]), ratio=ratio)
+        step = dict(batch=batch, clip_coef=float(clip_coef), lr=float(learning_rate), ratio=ratio)
         iterations[-1][1].append(step)
 
     def after_update(metrics, *_):
