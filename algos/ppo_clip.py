@@ -42,7 +42,7 @@ from tqdm import tqdm
 class Args:
     env_id: str = "CartPole-v1"  # Gymnasium id, also ALE/*, MinAtar/* or module:YourEnv-v0; decides the other defaults
     total_timesteps: int = 100_000  # environment steps to train for
-    learning_rate: float = 1e-3  # step size of Adam
+    learning_rate: float = 1e-3  # step size of the optimizer
     anneal_lr: bool = True  # let the step size fall linearly to 0
     num_envs: int = 4  # N, environments side by side
     num_steps: int = 128  # T, steps in each of them per iteration
@@ -234,13 +234,13 @@ def ppo_loss(agent: Agent, batch: dict[str, Tensor], clip_coef: Tensor, args: Ar
 
 
 def update(
-    agent: Agent, adam: Adam, batch: dict[str, Tensor], learning_rate: Tensor, clip_coef: Tensor, args: Args
+    agent: Agent, optimizer: Adam, batch: dict[str, Tensor], learning_rate: Tensor, clip_coef: Tensor, args: Args
 ) -> dict[str, Tensor]:
     """One step of Adam down the gradient of ppo_loss; returns its metrics."""
     loss, metrics = ppo_loss(agent, batch, clip_coef, args)
     gradient = torch.cat([part.flatten() for part in torch.autograd.grad(loss, list(agent.parameters()))])
     gradient = gradient * (args.max_grad_norm / (gradient.norm() + 1e-6)).clamp(max=1)
-    adam.step(gradient, learning_rate)
+    optimizer.step(gradient, learning_rate)
     return metrics
 
 
@@ -386,7 +386,7 @@ def train(args: Args) -> dict:
     torch.set_num_threads(args.torch_threads or os.cpu_count() or 1)
     envs = make_envs(args.env_id, args.num_envs)
     agent = Agent(envs.single_observation_space, envs.single_action_space, args)
-    adam, to_env = Adam(agent), action_map(envs.single_action_space)
+    optimizer, to_env = Adam(agent), action_map(envs.single_action_space)
     batch_size = args.num_envs * args.num_steps
     num_iterations = args.total_timesteps // batch_size
     long = num_iterations * args.update_epochs * args.num_minibatches > 20_000
@@ -394,7 +394,7 @@ def train(args: Args) -> dict:
     if compiled:
         torch._dynamo.config.trace_autograd_ops = True  # lets the compiler see torch.autograd.grad
     gradient_step = torch.compile(update, dynamic=True) if compiled else update
-    run = Run(args, agent=agent, adam=adam)
+    run = Run(args, agent=agent, optimizer=optimizer)
 
     first_iteration = run.state["step"] // batch_size
     obs, _ = envs.reset(seed=10**6 * args.seed + first_iteration)  # runs share no seeds: environment i takes seed + i
@@ -437,7 +437,7 @@ def train(args: Args) -> dict:
             shuffled = torch.randperm(num_rows, device=agent.device)
             for rows in shuffled.tensor_split(min(args.num_minibatches, num_rows)):
                 minibatch = {name: column[rows] for name, column in batch.items()}
-                history.append(gradient_step(agent, adam, minibatch, learning_rate, clip_coef, args))
+                history.append(gradient_step(agent, optimizer, minibatch, learning_rate, clip_coef, args))
         if isinstance(agent.trunk, RunningNorm):
             agent.trunk.update(batch["obs"].float())  # not before: acting and learning must see the same policy
         metrics = {name: torch.stack([step[name] for step in history]).mean().item() for name in history[0]}

@@ -306,7 +306,7 @@ def watch(monkeypatch, folder, **given):
         rows = {tuple(row["obs"].tolist()): advantages[t, i].item() for t, i, row in rows if t >= 0}
         iterations.append((rows, []))
 
-    def before_update(agent, adam, batch, learning_rate, clip_coef, args):
+    def before_update(agent, optimizer, batch, learning_rate, clip_coef, args):
         with torch.no_grad():
             policy, _ = agent(batch["obs"])
             ratio = (policy.log_prob(batch["actions"]) - batch["log_probs"]).exp()

@@ -11,9 +11,10 @@ def learn(module, monkeypatch, folder, name, **given):
     """Train on test/<name>-v0; return the agent and the mean return of its deterministic policy."""
     plain = dict(env_id=f"test/{name}-v0", total_timesteps=4096, num_envs=4, num_steps=32, learning_rate=1e-2)
     plain |= dict(update_epochs=4, num_minibatches=2, gamma=0.9, eval_episodes=20, anneal_lr=True)
-    agents = []
+    settings, agents = plain | given, []
+    settings["total_timesteps"] *= 1 if hasattr(module.Args, "update_epochs") else 8  # one gradient step per batch
     spy(monkeypatch, module, "evaluate", before=lambda agent, *_: agents.append(agent))
-    result = module.train(make_args(module, folder, **(plain | given)))
+    result = module.train(make_args(module, folder, **settings))
     return agents[0], result["eval_mean"]
 
 
