@@ -6,7 +6,8 @@
 """PPO-Clip: proximal policy optimization with the clipped surrogate objective (Schulman et al. 2017, arXiv:1707.06347).
 
 Maximises  E[min(r A, clip(r, 1 - eps, 1 + eps) A)] - c1 E[(V - R)^2] + c2 E[H(pi)]  with  r = pi(a|s) / pi_old(a|s)
-over several epochs of minibatches of each batch of experience; A is estimated by GAE(lambda), and R = A + V_old.
+over several epochs of minibatches of each batch of experience; A is estimated by GAE(lambda), and R = A + V_old. Child
+of a2c.py: the clipped surrogate, which lets one batch serve several epochs.
 
     python algos/ppo_clip.py --env-id CartPole-v1
 
