@@ -234,9 +234,7 @@ def ppo_loss(agent: Agent, batch: dict[str, Tensor], clip_coef: Tensor, args: Ar
     return loss, {name: metric.detach() for name, metric in metrics.items()}
 
 
-def update(
-    agent: Agent, optimizer: Adam, batch: dict[str, Tensor], learning_rate: Tensor, clip_coef: Tensor, args: Args
-) -> dict[str, Tensor]:
+def update(agent: Agent, optimizer: Adam, batch: dict, learning_rate: Tensor, clip_coef: Tensor, args: Args) -> dict:
     """One step of Adam down the gradient of ppo_loss; returns its metrics."""
     loss, metrics = ppo_loss(agent, batch, clip_coef, args)
     gradient = torch.cat([part.flatten() for part in torch.autograd.grad(loss, list(agent.parameters()))])
@@ -322,9 +320,7 @@ class Run:
         """Record an iteration: the steps so far, the returns of the episodes it finished, its metrics."""
         if not np.isfinite(list(metrics.values())).all():
             self.bar.close()
-            raise ValueError(
-                f"training diverged before step {step}; the last checkpoint in {self.dir}, if any, is good"
-            )
+            raise ValueError(f"training diverged before step {step}; the last checkpoint in {self.dir} is good")
         last_step, recent, now = self.state["step"], (self.state["returns"] + returns)[-100:], time.time() - self.start
         self.state |= dict(step=step, wall_time=now, returns=recent)
         line = dict(global_step=step, wall_time=now, SPS=step / now, episodes=len(returns))
@@ -352,10 +348,8 @@ class Run:
         """Write, print and return the result."""
         mean, wall_time = float(np.mean(eval_returns)), self.state["wall_time"]
         result = {key: self.config[key] for key in ("algo", "env_id", "seed", "total_timesteps")}
-        result |= dict(
-            eval_returns=eval_returns, eval_mean=mean, train_return=float(np.mean(self.state["returns"] or 0))
-        )
-        result |= dict(sps=self.state["step"] / wall_time, wall_time=wall_time)
+        result |= dict(eval_returns=eval_returns, eval_mean=mean, sps=self.state["step"] / wall_time)
+        result |= dict(train_return=float(np.mean(self.state["returns"] or 0)), wall_time=wall_time)
         (self.dir / "result.json").write_text(json.dumps(result, indent=1))
         if self.wandb:
             self.wandb.finish()

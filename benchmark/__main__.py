@@ -47,9 +47,11 @@ def report_command(args: argparse.Namespace) -> int:
 
 def speed_command(args: argparse.Namespace) -> int:
     """Measure, keep the raw values, print their summary."""
-    found = speed.measure(args.peer_python or speed.make_peer(), args.rounds, args.steps, parse_seeds(args.seeds))
+    path, seeds = args.results / "speed.json", parse_seeds(args.seeds) if args.seeds else []
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    found = speed.measure(args.peer_python or speed.make_peer(), args.rounds, args.steps, seeds, args.algo, kept)
     args.results.mkdir(parents=True, exist_ok=True)
-    (args.results / "speed.json").write_text(json.dumps(found, indent=1) + "\n")
+    path.write_text(json.dumps(found, indent=1) + "\n")
     print(speed.summary(found))
     return 0
 
@@ -79,11 +81,14 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     sub.add_argument("--runs", type=Path, default=FOLDER / "runs", help="directories of runs")
     sub.add_argument("--results", type=Path, default=FOLDER / "results", help="the kept results")
     sub.add_argument("--readme", type=Path, default=FOLDER.parent / "README.md", help="the file with the marks")
-    sub = command("speed", speed_command, "measure ppo_clip against stable-baselines3, in turn, one thread each")
+    sub = command("speed", speed_command, "measure against stable-baselines3 in turn, one thread each")
+    sub.add_argument("--algo", default="", help="only this script; the other measurements are kept")
     sub.add_argument("--peer-python", default="", help="interpreter with stable-baselines3, made if not given")
     sub.add_argument("--rounds", type=int, default=3, help="runs of each side")
     sub.add_argument("--steps", type=int, default=1_000_000, help="environment steps of a run")
-    sub.add_argument("--seeds", default="1-10", help="of the runs that solve CartPole")
+    sub.add_argument(
+        "--seeds", default="1-10", help="of PPO's runs from the command line to a solved CartPole, may be empty"
+    )
     sub.add_argument("--results", type=Path, default=FOLDER / "results", help="where speed.json is kept")
     return parser.parse_args(argv)
 

@@ -1,4 +1,4 @@
-"""Measures ppo_clip against stable-baselines3's PPO: same machine, same hyperparameters, one thread each, in turn."""
+"""Measures our scripts against stable-baselines3: same machine, same hyperparameters, one thread each, in turn."""
 
 import importlib.metadata
 import json
@@ -14,15 +14,17 @@ from statistics import median
 from tqdm import tqdm
 
 FOLDER = Path(__file__).parent
-SCRIPT = FOLDER.parent / "algos" / "ppo_clip.py"
-SHARED = dict(learning_rate=3e-4, gamma=0.99, gae_lambda=0.95, clip_coef=0.2, vf_coef=0.5, ent_coef=0.0,
-    max_grad_norm=0.5, hidden_size=64)  # fmt: skip
-TASKS = {
-    "CartPole-v1": dict(num_envs=4, num_steps=128, update_epochs=4, num_minibatches=4, norm_obs=False,
-        norm_reward=False),
-    "HalfCheetah-v5": dict(num_envs=1, num_steps=2048, update_epochs=10, num_minibatches=32, norm_obs=True,
-        norm_reward=True),
-}  # fmt: skip
+ALGOS = FOLDER.parent / "algos"
+PLAIN = dict(gamma=0.99, gae_lambda=0.95, hidden_size=64, norm_obs=False, norm_reward=False)
+MUJOCO = dict(num_envs=1, num_steps=2048, norm_obs=True, norm_reward=True)
+PPO = PLAIN | dict(learning_rate=3e-4, clip_coef=0.2, vf_coef=0.5, ent_coef=0.0, max_grad_norm=0.5)
+A2C = PLAIN | dict(learning_rate=7e-4, vf_coef=0.5, ent_coef=0.0, max_grad_norm=0.5)
+TASKS = {  # script, peer, environment: hyperparameters of both sides
+    ("ppo_clip", "PPO", "CartPole-v1"): PPO | dict(num_envs=4, num_steps=128, update_epochs=4, num_minibatches=4),
+    ("ppo_clip", "PPO", "HalfCheetah-v5"): PPO | MUJOCO | dict(update_epochs=10, num_minibatches=32),
+    ("a2c", "A2C", "CartPole-v1"): A2C | dict(num_envs=8, num_steps=5),
+    ("a2c", "A2C", "HalfCheetah-v5"): A2C | MUJOCO | dict(num_envs=4, num_steps=8),
+}
 
 
 def timed(words: list[str]) -> dict:
@@ -44,9 +46,9 @@ def timed(words: list[str]) -> dict:
     return dict(text=text, seconds=seconds, peak_mib=usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10))
 
 
-def run_ours(options: dict) -> dict:
+def run_ours(algo: str, options: dict) -> dict:
     """One command of ours: what `timed` says and result.json."""
-    words = [sys.executable, str(SCRIPT), "--torch-threads", "1"]
+    words = [sys.executable, str(ALGOS / f"{algo}.py"), "--torch-threads", "1"]
     for key, value in options.items():
         name = key.replace("_", "-")
         words += [f"--{'' if value else 'no-'}{name}"] if isinstance(value, bool) else [f"--{name}", str(value)]
@@ -68,7 +70,9 @@ def make_peer() -> str:
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
         names = ("torch", "numpy", "gymnasium[mujoco]", "mujoco")
         pins = [f"{name}=={version(name.split('[')[0]).partition('+')[0]}" for name in names]
-        if subprocess.run([python, "-m", "pip", "install", "--quiet", *pins, "stable-baselines3"]).returncode:
+        if subprocess.run(
+            [python, "-m", "pip", "install", "--quiet", *pins, "stable-baselines3", "sb3-contrib"]
+        ).returncode:
             raise ValueError("the peer could not be installed: --peer-python takes an interpreter that has it")
         (folder / "ready").touch()
     return python
@@ -80,42 +84,57 @@ def cpu_name() -> str:
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def measure(peer: str, rounds: int, steps: int, seeds: list[int]) -> dict:
-    """All measurements, raw, so that any statistic can be taken from them; `peer` is the peer's interpreter."""
+def measure(peer: str, rounds: int, steps: int, seeds: list[int], algo: str, found: dict) -> dict:
+    """All measurements, raw, so that any statistic can be taken from them; `peer` is the peer's interpreter.
+
+    Those of `found` that are not made anew stay, if they were made on the same machine with the same versions.
+    """
     versions = {name: importlib.metadata.version(name) for name in ("torch", "gymnasium", "numpy", "mujoco")}
-    ask = "import importlib.metadata as m; print(m.version('stable-baselines3'))"
-    versions["stable-baselines3"] = timed([peer, "-c", ask])["text"].strip()
-    found: dict = dict(cpu=cpu_name(), cores=os.cpu_count(), python=platform.python_version(), versions=versions)
-    found |= dict(steps=steps, tasks={env_id: dict(ours=[], peer=[]) for env_id in TASKS}, first_success=[])
-    bar = tqdm(total=2 * rounds * len(TASKS) + len(seeds), unit="run", disable=None)
-    for env_id, task in TASKS.items():
+    for name in ("stable-baselines3", "sb3-contrib"):
+        ask = f"import importlib.metadata as m; print(m.version('{name}'))"
+        versions[name] = timed([peer, "-c", ask])["text"].strip()
+    header = dict(cpu=cpu_name(), cores=os.cpu_count(), python=platform.python_version(), versions=versions)
+    if any(found.get(key) != value for key, value in header.items()):
+        found = dict(tasks={}, first_success=[])
+    tasks = {task: options for task, options in TASKS.items() if algo in ("", task[0])}
+    bar = tqdm(total=2 * rounds * len(tasks) + len(seeds), unit="run", disable=None)
+    for (script, kind, env_id), task in tasks.items():
+        sides: dict = dict(steps=steps, ours=[], peer=[])
         for seed in range(1, rounds + 1):
-            options = SHARED | task | dict(env_id=env_id, total_timesteps=steps, seed=seed)
+            options = task | dict(env_id=env_id, total_timesteps=steps, seed=seed)
+            extra = dict(anneal_lr=False, clip_reward=False, eval_episodes=1)
             for side in ("ours", "peer"):  # in turn, so that a slow hour of the machine hits both
-                extra = dict(anneal_lr=False, clip_reward=False, eval_episodes=1)
-                run = run_ours(options | extra) if side == "ours" else run_peer(peer, options)
-                found["tasks"][env_id][side].append({key: run[key] for key in ("sps", "peak_mib", "seconds")})
+                run = run_ours(script, options | extra) if side == "ours" else run_peer(peer, options | dict(peer=kind))
+                sides[side].append({key: run[key] for key in ("sps", "peak_mib", "seconds")})
                 bar.update()
+        found["tasks"][f"{script} {kind} {env_id}"] = sides
+    if seeds:
+        found["first_success"] = []
     for seed in seeds:  # with the defaults, as a user would type it
-        run = run_ours(dict(env_id="CartPole-v1", seed=seed))
+        run = run_ours("ppo_clip", dict(env_id="CartPole-v1", seed=seed))
         found["first_success"].append({key: run[key] for key in ("seed", "seconds", "eval_mean")})
         bar.update()
     bar.close()
-    return found
+    return header | found
 
 
 def summary(found: dict) -> str:
     """The measurements as Markdown."""
     versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
-    text = f"{found['cpu']}, one thread, {found['steps']:,} steps; {versions}.\n\n"
-    text += "| | ours, steps/s | stable-baselines3, steps/s | ratio [min, max] | peak memory, MiB |\n"
-    text += "|---|---|---|---|---|\n"
-    for env_id, sides in found["tasks"].items():
+    text = f"{found['cpu']}, one thread, equal hyperparameters; {versions}.\n\n"
+    head = "Script | Peer | Environment | Steps | ours, steps/s | peer, steps/s | ratio [min, max] | runs | memory, MiB"
+    text += f"| {head} |\n|{'---|' * 9}\n"
+    for task, sides in found["tasks"].items():
+        script, kind, env_id = task.split()
         ours, peer = ([run["sps"] for run in sides[side]] for side in ("ours", "peer"))
         ratios = [a / b for a, b in zip(ours, peer)]
         memory = " against ".join(f"{median(run['peak_mib'] for run in sides[side]):.0f}" for side in ("ours", "peer"))
-        text += f"| {env_id} | {median(ours):,.0f} | {median(peer):,.0f} | {median(ours) / median(peer):.2f} "
-        text += f"[{min(ratios):.2f}, {max(ratios):.2f}] | {memory} |\n"
+        text += f"| {script} | {kind} | {env_id} | {sides['steps']:,} | {median(ours):,.0f} | {median(peer):,.0f} "
+        text += (
+            f"| {median(ours) / median(peer):.2f} [{min(ratios):.2f}, {max(ratios):.2f}] | {len(ours)} | {memory} |\n"
+        )
+    if not found["first_success"]:
+        return text
     seconds = [run["seconds"] if run["eval_mean"] >= 475 else float("inf") for run in found["first_success"]]
     text += "\nFrom the start of `python algos/ppo_clip.py` to an evaluated return of at least 475 on CartPole-v1: "
     reached = sum(value < float("inf") for value in seconds)
