@@ -35,6 +35,7 @@ def report_command(args: argparse.Namespace) -> int:
     """Keep finished runs and rewrite what shows them; with --check exit code 1 if the README does not."""
     if not args.check:
         report.collect(args.runs, args.results)
+        report.keep_random_returns(args.results)
         report.draw_curves(args.results)
     old = args.readme.read_text()
     new = report.insert(old, report.markdown(args.results, report.read_references(args.references)))

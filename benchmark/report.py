@@ -5,12 +5,13 @@ import json
 from collections import defaultdict
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 from scipy.stats import trim_mean
 
 from benchmark.run import Cell, file_name, read_result, suite_cells
 from benchmark.speed import summary
-from benchmark.suites import SUITES
+from benchmark.suites import PPO_PAPER, PPO_PAPER_ENVS, SUITES, TABULATED
 
 Row = tuple[str, str, int]  # algorithm with its flags, environment, steps
 FOLDER = Path(__file__).parent
@@ -109,21 +110,81 @@ def collect(runs: Path, results: Path) -> None:
         path.write_text(f'{top},\n "seeds": [\n{body}\n]}}\n')
 
 
-def read_results(results: Path) -> dict[Row, list[dict]]:
-    """The kept runs by table row, in the order of the suites; without those of `ci`, whose budgets say nothing."""
-    rows = suite_rows(*(suite for suite in SUITES if suite != "ci"))
+def read_results(results: Path, *suites: str) -> dict[Row, list[dict]]:
+    """The kept runs by table row, in the order of the suites."""
+    rows = suite_rows(*suites)
     paths = {row: results / f"{file_name(row)}.json" for row in rows}
     return {row: json.loads(path.read_text())["seeds"] for row, path in paths.items() if path.exists()}
 
 
+def random_return(env_id: str, episodes: int = 100) -> float:
+    """Mean return of uniformly random actions."""
+    env = gym.make(env_id)
+    env.action_space.seed(0)
+    total = 0.0
+    for episode in range(episodes):
+        env.reset(seed=episode)
+        over = False
+        while not over:
+            _, reward, terminated, truncated, _ = env.step(env.action_space.sample())
+            total, over = total + float(reward), terminated or truncated
+    return total / episodes
+
+
+def keep_random_returns(results: Path) -> None:
+    """Store the scores of the random policy on those environments of the comparison that were run."""
+    path = results / "random.json"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    for _, env_id, _ in read_results(results, "ppo_paper"):
+        known[env_id] = known.get(env_id) or random_return(env_id)
+    if known:
+        path.write_text(json.dumps(known, indent=1) + "\n")
+
+
+def comparison(results: Path) -> str:
+    """The experiment of the PPO paper: mean of the last 100 training episodes by setting and environment.
+
+    The normalised score of an environment is 0 for the random policy and 1 for the best run; environments on which a
+    setting is missing are left out for all settings.
+    """
+    kept = {row: [run["train_return"] for run in runs] for row, runs in read_results(results, "ppo_paper").items()}
+    rows = {(name, env_id): (f"{algo} {flags}".strip(), env_id, 1_000_000)
+            for name, algo, flags, _ in PPO_PAPER for env_id in PPO_PAPER_ENVS}  # fmt: skip
+    names = [name for name, *_ in PPO_PAPER if any(rows[name, env_id] in kept for env_id in PPO_PAPER_ENVS)]
+    envs = [env_id for env_id in PPO_PAPER_ENVS if names and all(rows[name, env_id] in kept for name in names)]
+    if not envs:
+        return ""
+    random = json.loads((results / "random.json").read_text())
+    best = {env_id: max(max(kept[rows[name, env_id]]) for name in names) for env_id in envs}
+    lines = []
+    for name, *_, published in PPO_PAPER:
+        if name in names:
+            runs = [kept[rows[name, env_id]] for env_id in envs]
+            scores = [np.mean((np.array(x) - random[e]) / (best[e] - random[e])) for x, e in zip(runs, envs)]
+            cells = [f"{np.mean(x):.0f} ({len(x)})" for x in runs]
+            lines.append((np.mean(scores), [name, *cells, f"{np.mean(scores):.2f}", published or ""]))
+    head = ["Setting", *envs, "normalised", "PPO paper"]
+    text = "| " + " | ".join(head) + " |\n|" + "---|" * len(head) + "\n"
+    for _, cells in sorted(lines, key=lambda line: -line[0]):
+        text += "| " + " | ".join(map(str, cells)) + " |\n"
+    cells = [f"{random[env_id]:.0f}" for env_id in envs]
+    return text + "| " + " | ".join(["random policy", *cells, "0", "0"]) + " |\n"
+
+
 def markdown(results: Path, references: dict[Row, dict[str, str]]) -> str:
     """What stands in the README between the marks."""
-    kept, planned = read_results(results), suite_rows(*SUITES)
+    kept, planned = read_results(results, *TABULATED), suite_rows(*SUITES)
     text = table([summarise(row, runs, len(planned[row]), references) for row, runs in kept.items()]) + "\n\n"
     for row in kept:
         if reference := references.get(row):
             origin = "; ".join(filter(None, [reference["source"], reference["note"]]))
             text += f"- {row[0]}, {row[1]}, {row[2]:,} steps: {origin}\n"
+    if compared := comparison(results):
+        text += (
+            "\nThe experiment of the PPO paper (section 6.1) with these scripts: mean return of the last 100 training "
+        )
+        text += "episodes after 1M steps (number of runs), and the average score normalised to 0 for the random policy "
+        text += f"and 1 for the best run on each environment.\n\n{compared}"
     if (results / "speed.json").exists():
         text += "\nSpeed: " + summary(json.loads((results / "speed.json").read_text()))
     return text
@@ -146,7 +207,7 @@ def draw_curves(results: Path) -> None:
     from matplotlib import pyplot as plt
 
     figures: dict[str, plt.Figure] = {}
-    for i, ((algo, env_id, _), runs) in enumerate(read_results(results).items()):
+    for i, ((algo, env_id, _), runs) in enumerate(read_results(results, *TABULATED).items()):
         figure = figures[env_id] = figures.get(env_id) or plt.figure(figsize=(6, 4), layout="constrained")
         axes = figure.gca()
         axes.set(title=env_id, xlabel="environment steps", ylabel="return of training episodes")

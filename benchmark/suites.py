@@ -19,3 +19,30 @@ SUITES = {
     "minatar": [("ppo_clip", "MinAtar/Breakout-v1", 1_000_000, "1-3", "")],
     "atari": [("ppo_clip", "ALE/Pong-v5", 1_000_000, "1-2", "")],
 }
+
+# The experiment of the PPO paper (Schulman et al. 2017, section 6.1): name, algorithm, flags and, from its Table 1, the
+# average normalised score. The last three are methods of its Figure 3.
+PPO_PAPER = [
+    ("no clipping or penalty", "ppo_clip", "--clip-coef inf", -0.39),
+    ("clipping, eps = 0.1", "ppo_clip", "--clip-coef 0.1", 0.76),
+    ("clipping, eps = 0.2", "ppo_clip", "", 0.82),
+    ("clipping, eps = 0.3", "ppo_clip", "--clip-coef 0.3", 0.70),
+    ("adaptive KL, d_targ = 0.01", "ppo_kl", "", 0.74),
+    ("fixed KL, beta = 3", "ppo_kl", "--kl fixed --beta 3", 0.72),
+    ("TRPO", "trpo", "", None),
+    ("A2C", "a2c", "", None),
+    ("vanilla policy gradient", "reinforce", "", None),
+]
+PPO_PAPER_ENVS = [
+    "HalfCheetah-v5",
+    "Hopper-v5",
+    "Walker2d-v5",
+    "InvertedDoublePendulum-v5",
+    "InvertedPendulum-v5",
+    "Reacher-v5",
+    "Swimmer-v5",
+]
+SUITES["ppo_paper"] = [
+    (algo, env_id, 1_000_000, "1-3", flags) for env_id in PPO_PAPER_ENVS for _, algo, flags, _ in PPO_PAPER
+]
+TABULATED = [suite for suite in SUITES if suite not in ("ci", "ppo_paper")]  # ppo_paper has a table of its own
