@@ -42,7 +42,7 @@ from tqdm import tqdm
 class Args:
     env_id: str = "CartPole-v1"  # Gymnasium id, also ALE/*, MinAtar/* or module:YourEnv-v0; decides the other defaults
     total_timesteps: int = 100_000  # environment steps to train for
-    learning_rate: float = 1e-3  # step size of the optimizer
+    learning_rate: float = 3e-3  # step size of the optimizer
     optimizer: Literal["adam", "rmsprop"] = "rmsprop"  # rmsprop as in the paper, with alpha = 0.99
     anneal_lr: bool = True  # let the step size fall linearly to 0
     num_envs: int = 8  # N, environments side by side
