@@ -382,11 +382,8 @@ def train(args: Args) -> dict:
     to_env = action_map(envs.single_action_space)
     batch_size = args.num_envs * args.num_steps
     num_iterations = args.total_timesteps // batch_size
-    compiled = (
-        (num_iterations > 20_000 and agent.device.type == "cpu" and not agent.is_image)
-        if args.compile is None
-        else args.compile
-    )
+    long = num_iterations > 20_000
+    compiled = (long and agent.device.type == "cpu" and not agent.is_image) if args.compile is None else args.compile
     if compiled:
         torch._dynamo.config.trace_autograd_ops = True  # lets the compiler see torch.autograd.grad
     gradient_step = torch.compile(update, dynamic=True) if compiled else update

@@ -126,7 +126,9 @@ IMPOSSIBLE = dict(
     gamma=[-0.1, 1.01, float("nan")], gae_lambda=[-1.0, 2.0], tau=[-0.1, 1.5], total_timesteps=[0, -5],
     num_envs=[0, -1], num_steps=[0, -16], update_epochs=[0], num_minibatches=[0, -4], batch_size=[0], buffer_size=[0],
     hidden_size=[0], learning_rate=[-1e-3, float("nan")], clip_coef=[-0.1], max_grad_norm=[-1.0], eval_episodes=[0, -1],
-    checkpoint_every=[0], seed=[-1], torch_threads=[-1],
+    checkpoint_every=[0], seed=[-1], torch_threads=[-1], target_kl=[-1.0], beta=[-1.0], multiplier=[-1.0],
+    multiplier_lr=[-1.0], policy_step=[-1.0], damping=[-1.0], cg_iterations=[0], fisher_stride=[0],
+    line_search_steps=[0],
 )  # fmt: skip
 
 

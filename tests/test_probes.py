@@ -13,6 +13,7 @@ def learn(module, monkeypatch, folder, name, **given):
     plain |= dict(update_epochs=4, num_minibatches=2, gamma=0.9, eval_episodes=20, anneal_lr=True)
     settings, agents = plain | given, []
     settings["total_timesteps"] *= 1 if hasattr(module.Args, "update_epochs") else 8  # one gradient step per batch
+    settings["total_timesteps"] *= 2 if hasattr(module.Args, "line_search_steps") else 1  # steps of bounded length
     spy(monkeypatch, module, "evaluate", before=lambda agent, *_: agents.append(agent))
     result = module.train(make_args(module, folder, **settings))
     return agents[0], result["eval_mean"]
