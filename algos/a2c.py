@@ -89,7 +89,7 @@ FAMILIES = {
     "Acrobot MountainCar": dict(total_timesteps=300_000, num_envs=16, norm_obs=True, eval_episodes=100),
     "LunarLander BipedalWalker": dict(total_timesteps=1_000_000, num_envs=16, gamma=0.995, ent_coef=1e-5),
     "HalfCheetah Hopper Walker2d Ant Humanoid Swimmer Reacher Pusher Inverted": dict(total_timesteps=1_000_000,
-        norm_obs=True, log_std_init=-0.7),
+        num_envs=16, num_steps=64, norm_obs=True, log_std_init=-0.7),
     "MinAtar/": dict(total_timesteps=1_000_000, num_envs=64, ent_coef=0.01, norm_reward=False),
     "ALE/": dict(total_timesteps=10_000_000, learning_rate=7e-4, num_envs=16, num_steps=5, ent_coef=0.01,
         norm_reward=False, clip_reward=True, torch_threads=0),
