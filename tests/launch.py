@@ -9,7 +9,7 @@ from pathlib import Path
 
 TINY = dict(  # settings for a run of a second; a script takes those that it has
     num_envs=2, num_steps=16, num_minibatches=2, update_epochs=1, eval_episodes=2, torch_threads=1,
-    batch_size=16, buffer_size=1000, learning_starts=32, hidden_size=16,
+    batch_size=16, buffer_size=1000, learning_starts=32, hidden_size=16, log_every=64,
 )  # fmt: skip
 
 SERVER = multiprocessing.get_context("forkserver")

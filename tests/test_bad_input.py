@@ -128,7 +128,7 @@ IMPOSSIBLE = dict(
     hidden_size=[0], learning_rate=[-1e-3, float("nan")], clip_coef=[-0.1], max_grad_norm=[-1.0], eval_episodes=[0, -1],
     checkpoint_every=[0], seed=[-1], torch_threads=[-1], target_kl=[-1.0], beta=[-1.0], multiplier=[-1.0],
     multiplier_lr=[-1.0], policy_step=[-1.0], damping=[-1.0], cg_iterations=[0], fisher_stride=[0],
-    line_search_steps=[0],
+    line_search_steps=[0], horizon=[0], critic_learning_rate=[-1e-3],
 )  # fmt: skip
 
 
@@ -159,7 +159,7 @@ def test_possible_values(module):
 def test_batches_that_do_not_fit(module):
     """A run shorter than one batch and, where there are minibatches, a batch that they do not divide."""
     with pytest.raises(ValueError, match="total_timesteps"):
-        module.Args(**tiny(module, total_timesteps=8))
+        module.Args(**tiny(module, total_timesteps=1))
     if "num_minibatches" in vars(module.Args()):
         with pytest.raises(ValueError, match="num_minibatches"):
             module.Args(**tiny(module, total_timesteps=256) | dict(num_minibatches=3))

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import family
 import pytest
 import twins
 from conftest import SCRIPTS
@@ -371,3 +372,26 @@ def test_hints_and_docstrings(script):
                 if not node.returns:
                     missing.append(f"{node.name}: return type")
     assert missing == []
+
+
+# The family tree
+
+
+def test_family_tree_in_the_readme():
+    """The README shows every script below its parent, with the distance of today."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert family.shown(readme) == readme, "stale: python tests/family.py"
+    for script in SCRIPTS:
+        assert f"](algos/{script.name})" in readme, f"{script.name} names no parent in its docstring"
+
+
+def test_family_tree_counts_lines_and_finds_orphans():
+    """Worked by hand: a root, its child with one line changed and one added, and a script whose parent is missing."""
+    root, child = (
+        '"""Root: the idea (1992)."""\na\nb\n',
+        '"""Child.\n\nChild of root.py: more\nideas. Then text.\n"""\na\nc\n',
+    )
+    assert family.differing("a\nb\nc\n", "a\nx\nc\nd\n") == 3
+    tree = family.tree(dict(child=child, orphan='"""O: o. Child of lost.py: x."""', root=root))
+    assert tree.splitlines()[0] == "- [`root.py`](algos/root.py): the idea"
+    assert tree.splitlines()[1:] == ["  - [`child.py`](algos/child.py) (8 lines differ): more ideas"]
