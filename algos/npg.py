@@ -95,7 +95,7 @@ FAMILIES = {
     "LunarLander BipedalWalker": dict(total_timesteps=1_000_000, num_envs=16, num_minibatches=32, gamma=0.995,
         gae_lambda=0.98),
     "HalfCheetah Hopper Walker2d Ant Humanoid Swimmer Reacher Pusher Inverted": dict(total_timesteps=1_000_000,
-        num_envs=1, num_steps=2048, num_minibatches=16, norm_obs=True, log_std_init=-0.7, damping=0.1, policy_step=0.1),
+        num_envs=1, num_steps=2048, num_minibatches=16, norm_obs=True, log_std_init=-0.7, damping=0.1),
     "MinAtar/": dict(total_timesteps=1_000_000, num_envs=64, num_steps=64, num_minibatches=16, norm_reward=False),
     "ALE/": dict(total_timesteps=10_000_000, num_envs=8, num_steps=128, update_epochs=3, fisher_stride=5,
         norm_reward=False, clip_reward=True, torch_threads=0),

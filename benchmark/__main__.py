@@ -50,7 +50,8 @@ def speed_command(args: argparse.Namespace) -> int:
     """Measure, keep the raw values, print their summary."""
     path, seeds = args.results / "speed.json", parse_seeds(args.seeds) if args.seeds else []
     kept = json.loads(path.read_text()) if path.exists() else {}
-    found = speed.measure(args.peer_python or speed.make_peer(), args.rounds, args.steps, seeds, args.algo, kept)
+    peer = args.peer_python or speed.make_peer()
+    found = speed.measure(peer, args.rounds, args.steps, seeds, args.algo, args.env, kept)
     args.results.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(found, indent=1) + "\n")
     print(speed.summary(found))
@@ -84,6 +85,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     sub.add_argument("--readme", type=Path, default=FOLDER.parent / "README.md", help="the file with the marks")
     sub = command("speed", speed_command, "measure against stable-baselines3 in turn, one thread each")
     sub.add_argument("--algo", default="", help="only this script; the other measurements are kept")
+    sub.add_argument("--env", default="", help="only this environment")
     sub.add_argument("--peer-python", default="", help="interpreter with stable-baselines3, made if not given")
     sub.add_argument("--rounds", type=int, default=3, help="runs of each side")
     sub.add_argument("--steps", type=int, default=1_000_000, help="environment steps of a run")

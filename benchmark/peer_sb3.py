@@ -15,7 +15,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 
 NAMES = dict(
     num_steps="n_steps", update_epochs="n_epochs", clip_coef="clip_range", cg_iterations="cg_max_steps",
-    critic_epochs="n_critic_updates", damping="cg_damping", learning_rate="learning_rate", gamma="gamma",
+    damping="cg_damping", learning_rate="learning_rate", gamma="gamma",
     gae_lambda="gae_lambda", vf_coef="vf_coef", ent_coef="ent_coef", max_grad_norm="max_grad_norm",
     target_kl="target_kl", seed="seed",
 )  # fmt: skip
@@ -25,6 +25,8 @@ torch.set_num_threads(1)
 envs = make_vec_env(options["env_id"], options["num_envs"], seed=options["seed"])
 if options["norm_obs"] or options["norm_reward"]:
     envs = VecNormalize(envs, options["norm_obs"], options["norm_reward"], gamma=options["gamma"])
+if options["peer"] == "TRPO":
+    NAMES["update_epochs"] = "n_critic_updates"
 settings = {theirs: options[ours] for ours, theirs in NAMES.items() if ours in options}
 if "num_minibatches" in options:
     settings["batch_size"] = options["num_envs"] * options["num_steps"] // options["num_minibatches"]

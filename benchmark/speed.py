@@ -15,15 +15,26 @@ from tqdm import tqdm
 
 FOLDER = Path(__file__).parent
 ALGOS = FOLDER.parent / "algos"
-PLAIN = dict(gamma=0.99, gae_lambda=0.95, hidden_size=64, norm_obs=False, norm_reward=False)
+PLAIN = dict(gamma=0.99, hidden_size=64, norm_obs=False, norm_reward=False)
 MUJOCO = dict(num_envs=1, num_steps=2048, norm_obs=True, norm_reward=True)
-PPO = PLAIN | dict(learning_rate=3e-4, clip_coef=0.2, vf_coef=0.5, ent_coef=0.0, max_grad_norm=0.5)
-A2C = PLAIN | dict(learning_rate=7e-4, vf_coef=0.5, ent_coef=0.0, max_grad_norm=0.5)
-TASKS = {  # script, peer, environment: hyperparameters of both sides
-    ("ppo_clip", "PPO", "CartPole-v1"): PPO | dict(num_envs=4, num_steps=128, update_epochs=4, num_minibatches=4),
-    ("ppo_clip", "PPO", "HalfCheetah-v5"): PPO | MUJOCO | dict(update_epochs=10, num_minibatches=32),
-    ("a2c", "A2C", "CartPole-v1"): A2C | dict(num_envs=8, num_steps=5),
-    ("a2c", "A2C", "HalfCheetah-v5"): A2C | MUJOCO | dict(num_envs=4, num_steps=8),
+GRADIENT = PLAIN | dict(vf_coef=0.5, ent_coef=0.0, max_grad_norm=0.5)
+PPO = GRADIENT | dict(learning_rate=3e-4, gae_lambda=0.95)
+A2C = GRADIENT | dict(learning_rate=7e-4)
+TRPO = PLAIN | dict(learning_rate=1e-3, gae_lambda=0.95, update_epochs=10, cg_iterations=10, damping=0.1)
+PPO_CARTPOLE = PPO | dict(num_envs=4, num_steps=128, update_epochs=4, num_minibatches=4)
+TRPO_CARTPOLE = TRPO | dict(num_envs=4, num_steps=256, num_minibatches=8)
+CLIP, GAE, KL = dict(clip_coef=0.2), dict(gae_lambda=0.95), dict(target_kl=0.01)
+TASKS = {  # script, peer, environment: hyperparameters of both sides, and those that only the peer has
+    ("ppo_clip", "PPO", "CartPole-v1"): (PPO_CARTPOLE | CLIP, {}),
+    ("ppo_clip", "PPO", "HalfCheetah-v5"): (PPO | CLIP | MUJOCO | dict(update_epochs=10, num_minibatches=32), {}),
+    ("ppo_kl", "PPO", "CartPole-v1"): (PPO_CARTPOLE, CLIP),
+    ("trpo_penalty", "PPO", "CartPole-v1"): (PPO_CARTPOLE, CLIP),
+    ("a2c", "A2C", "CartPole-v1"): (A2C | GAE | dict(num_envs=8, num_steps=5), {}),
+    ("a2c", "A2C", "HalfCheetah-v5"): (A2C | GAE | MUJOCO | dict(num_envs=4, num_steps=8), {}),
+    ("actor_critic", "A2C", "CartPole-v1"): (A2C | dict(num_envs=8, num_steps=5), GAE),
+    ("trpo", "TRPO", "CartPole-v1"): (TRPO_CARTPOLE | KL, {}),
+    ("trpo", "TRPO", "HalfCheetah-v5"): (TRPO | KL | MUJOCO | dict(num_minibatches=16), {}),
+    ("npg", "TRPO", "CartPole-v1"): (TRPO_CARTPOLE, KL),
 }
 
 
@@ -84,7 +95,7 @@ def cpu_name() -> str:
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def measure(peer: str, rounds: int, steps: int, seeds: list[int], algo: str, found: dict) -> dict:
+def measure(peer: str, rounds: int, steps: int, seeds: list[int], algo: str, env: str, found: dict) -> dict:
     """All measurements, raw, so that any statistic can be taken from them; `peer` is the peer's interpreter.
 
     Those of `found` that are not made anew stay, if they were made on the same machine with the same versions.
@@ -96,15 +107,19 @@ def measure(peer: str, rounds: int, steps: int, seeds: list[int], algo: str, fou
     header = dict(cpu=cpu_name(), cores=os.cpu_count(), python=platform.python_version(), versions=versions)
     if any(found.get(key) != value for key, value in header.items()):
         found = dict(tasks={}, first_success=[])
-    tasks = {task: options for task, options in TASKS.items() if algo in ("", task[0])}
+    tasks = {task: options for task, options in TASKS.items() if algo in ("", task[0]) and env in ("", task[2])}
     bar = tqdm(total=2 * rounds * len(tasks) + len(seeds), unit="run", disable=None)
-    for (script, kind, env_id), task in tasks.items():
+    for (script, kind, env_id), (task, peers_own) in tasks.items():
         sides: dict = dict(steps=steps, ours=[], peer=[])
         for seed in range(1, rounds + 1):
             options = task | dict(env_id=env_id, total_timesteps=steps, seed=seed)
             extra = dict(anneal_lr=False, clip_reward=False, eval_episodes=1)
             for side in ("ours", "peer"):  # in turn, so that a slow hour of the machine hits both
-                run = run_ours(script, options | extra) if side == "ours" else run_peer(peer, options | dict(peer=kind))
+                run = (
+                    run_ours(script, options | extra)
+                    if side == "ours"
+                    else run_peer(peer, options | peers_own | dict(peer=kind))
+                )
                 sides[side].append({key: run[key] for key in ("sps", "peak_mib", "seconds")})
                 bar.update()
         found["tasks"][f"{script} {kind} {env_id}"] = sides
