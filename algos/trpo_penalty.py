@@ -312,8 +312,11 @@ class Run:
                 raise ValueError(f"{self.dir} holds {saved['algo']} on {saved['env_id']}, which --resume continues")
             self.state = {key: saved[key] for key in self.state}
             torch.set_rng_state(saved["rng"])
-            for key, part in parts.items():
-                part.load_state_dict(saved[key])
+            try:
+                for key, part in parts.items():
+                    part.load_state_dict(saved[key])
+            except RuntimeError as error:
+                raise ValueError(f"{self.dir} holds networks of other sizes than the flags ask for") from error
         self.wandb = importlib.import_module("wandb") if args.track else None
         if self.wandb and self.wandb.setup().settings.mode == "online" and not self.wandb.login(prompt=False):
             raise ValueError("--track needs `wandb login` first, or WANDB_MODE=offline")

@@ -309,6 +309,15 @@ def test_checkpoint_of_another_environment(finished, tmp_path):
     assert tree(tmp_path) == before
 
 
+def test_checkpoint_of_another_size(finished, tmp_path):
+    """--resume with another network than that of the checkpoint is refused with a sentence, and nothing is touched."""
+    script, _, folder = finished
+    shutil.copytree(folder, tmp_path / "run")
+    before = tree(tmp_path)
+    check(Process(script, ["--resume", "run", "--hidden-size", "24"], tmp_path).wait(), "sizes")
+    assert tree(tmp_path) == before
+
+
 def test_checkpoint_of_another_algorithm(finished, tmp_path):
     """A script under another name is another algorithm: it refuses the run, names its algorithm and touches nothing."""
     script, _, folder = finished
