@@ -11,7 +11,7 @@ through Q(s', a'). Child of reinforce.py: the critic's Q(s, a) in place of the r
 
     python algos/actor_critic.py --env-id CartPole-v1
 
-Expect 400 there. Not in the book: several steps and environments per batch; Q standardised over the batch (the mean is
+Expect 498 there. Not in the book: several steps and environments per batch; Q standardised over the batch (the mean is
 its baseline); no gamma^t before Q; normalised rewards and, on MuJoCo, observations; orthogonal initialisation; actions
 in [-1, 1] are scaled to the bounds of the environment.
 """

@@ -11,7 +11,7 @@ c1 E[(V - G)^2], or the mean of the other episodes, or 0 (--baseline value, mean
 
     python algos/reinforce.py --env-id CartPole-v1
 
-Expect 475 there. Not in the book: the gradient is divided by the number of steps and by the root mean square of G - b
+Expect 500 there. Not in the book: the gradient is divided by the number of steps and by the root mean square of G - b
 (which changes its length alone: b is the only baseline); no gamma^t before G_t; normalised rewards and, on MuJoCo,
 observations; orthogonal initialisation; actions in [-1, 1] are scaled to the bounds. An episode cut by a time limit,
 --horizon or the end of the budget goes on with V(s_T) where V is learned, and else just ends.
