@@ -14,14 +14,19 @@ SUITES = {
         ("a2c npg trpo trpo_penalty ppo_kl ppo_clip", "CartPole-v1", 100_000, "1-10", ""),
         ("a2c trpo ppo_kl ppo_clip", "Acrobot-v1", 300_000, "1-10", ""),
         ("trpo ppo_clip", "Pendulum-v1", 100_000, "1-10", ""),
+        ("dqn double_dqn dueling_dqn", "CartPole-v1", 50_000, "1-10", ""),
+        ("dqn double_dqn dueling_dqn", "Acrobot-v1", 100_000, "1-10", ""),
     ],
-    "box2d": [("ppo_clip", "LunarLander-v3", 1_000_000, "1-10", "")],
+    "box2d": [
+        ("ppo_clip", "LunarLander-v3", 1_000_000, "1-10", ""),
+        ("double_dqn", "LunarLander-v3", 300_000, "1-5", ""),
+    ],
     "mujoco": [
         ("a2c npg trpo ppo_clip", "HalfCheetah-v5", 1_000_000, "1-5", ""),
         ("a2c npg trpo ppo_clip", "Hopper-v5", 1_000_000, "1-5", ""),
         ("a2c npg trpo ppo_clip", "Walker2d-v5", 1_000_000, "1-5", ""),
     ],
-    "minatar": [("ppo_clip", "MinAtar/Breakout-v1", 1_000_000, "1-3", "")],
+    "minatar": [("ppo_clip dqn", "MinAtar/Breakout-v1", 1_000_000, "1-3", "")],
     "atari": [("ppo_clip", "ALE/Pong-v5", 1_000_000, "1-2", "")],
 }
 
