@@ -174,6 +174,7 @@ class Agent(nn.Module):
             if isinstance(layer, (nn.Linear, nn.Conv2d)):
                 nn.init.orthogonal_(layer.weight, {self.actor[-1]: 0.01, self.critic[-1]: 1.0}.get(layer, 2**0.5))
                 nn.init.zeros_(layer.bias)
+        self.actor_layers = [(layer.weight, layer.bias) for layer in self.actor[::2]]  # for act(), which must be fast
         on_gpu = self.is_image and torch.cuda.is_available()
         self.device = torch.device(args.device.replace("auto", "cuda" if on_gpu else "cpu"))
         self.to(self.device)
@@ -199,8 +200,10 @@ class Agent(nn.Module):
     def act(self, obs: np.ndarray, greedy: bool = False) -> np.ndarray:
         """Actions sampled from pi(.|s) or, if greedy, its mode; lean, because it runs at every step."""
         x = self.features(torch.from_numpy(obs).to(self.device))
-        for layer in self.actor:
-            x = layer.forward(x)
+        *hidden_layers, last_layer = self.actor_layers
+        for layer in hidden_layers:
+            x = nn.functional.linear(x, *layer).tanh()
+        x = nn.functional.linear(x, *last_layer)
         if not greedy and self.discrete:
             x = x - torch.empty_like(x).exponential_().log()  # Gumbel-max trick: the argmax is now a sample
         elif not greedy:

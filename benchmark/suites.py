@@ -8,6 +8,11 @@ SUITES = {
         ("ppo_clip", "CartPole-v1", 50_000, "1-4", ""),
         ("ppo_clip", "Acrobot-v1", 100_000, "1-2", ""),
         ("ppo_clip", "Pendulum-v1", 80_000, "1-2", ""),
+        ("npg trpo trpo_penalty ppo_kl", "CartPole-v1", 50_000, "1-2", ""),
+        ("a2c", "CartPole-v1", 150_000, "1-2", ""),
+        ("reinforce", "CartPole-v1", 200_000, "1-2", ""),
+        ("actor_critic", "CartPole-v1", 200_000, "1-4", ""),
+        ("dqn double_dqn dueling_dqn", "CartPole-v1", 50_000, "1-2", ""),
     ],
     "classic": [
         ("reinforce actor_critic", "CartPole-v1", 200_000, "1-10", ""),
