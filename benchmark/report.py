@@ -144,25 +144,24 @@ def keep_random_returns(results: Path) -> None:
 def comparison(results: Path) -> str:
     """The experiment of the PPO paper: mean of the last 100 training episodes by setting and environment.
 
-    The normalised score of an environment is 0 for the random policy and 1 for the best run; environments on which a
-    setting is missing are left out for all settings.
+    The normalised score of an environment is 0 for the random policy and 1 for the best run; an environment on which
+    a setting is missing is left out.
     """
     kept = {row: [run["train_return"] for run in runs] for row, runs in read_results(results, "ppo_paper").items()}
     rows = {(name, env_id): (f"{algo} {flags}".strip(), env_id, 1_000_000)
             for name, algo, flags, _ in PPO_PAPER for env_id in PPO_PAPER_ENVS}  # fmt: skip
-    names = [name for name, *_ in PPO_PAPER if any(rows[name, env_id] in kept for env_id in PPO_PAPER_ENVS)]
-    envs = [env_id for env_id in PPO_PAPER_ENVS if names and all(rows[name, env_id] in kept for name in names)]
+    names = [name for name, *_ in PPO_PAPER]
+    envs = [env_id for env_id in PPO_PAPER_ENVS if all(rows[name, env_id] in kept for name in names)]
     if not envs:
         return ""
     random = json.loads((results / "random.json").read_text())
     best = {env_id: max(max(kept[rows[name, env_id]]) for name in names) for env_id in envs}
     lines = []
     for name, *_, published in PPO_PAPER:
-        if name in names:
-            runs = [kept[rows[name, env_id]] for env_id in envs]
-            scores = [np.mean((np.array(x) - random[e]) / (best[e] - random[e])) for x, e in zip(runs, envs)]
-            cells = [f"{np.mean(x):.0f} ({len(x)})" for x in runs]
-            lines.append((np.mean(scores), [name, *cells, f"{np.mean(scores):.2f}", published or ""]))
+        runs = [kept[rows[name, env_id]] for env_id in envs]
+        scores = [np.mean((np.array(x) - random[e]) / (best[e] - random[e])) for x, e in zip(runs, envs)]
+        cells = [f"{np.mean(x):.0f} ({len(x)})" for x in runs]
+        lines.append((np.mean(scores), [name, *cells, f"{np.mean(scores):.2f}", published or ""]))
     head = ["Setting", *envs, "normalised", "PPO paper"]
     text = "| " + " | ".join(head) + " |\n|" + "---|" * len(head) + "\n"
     for _, cells in sorted(lines, key=lambda line: -line[0]):
