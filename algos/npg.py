@@ -201,10 +201,9 @@ class Agent(nn.Module):
     def act(self, obs: np.ndarray, greedy: bool = False) -> np.ndarray:
         """Actions sampled from pi(.|s) or, if greedy, its mode; lean, because it runs at every step."""
         x = self.features(torch.from_numpy(obs).to(self.device))
-        *hidden_layers, last_layer = self.actor_layers
-        for layer in hidden_layers:
-            x = nn.functional.linear(x, *layer).tanh()
-        x = nn.functional.linear(x, *last_layer)
+        for weight, bias in self.actor_layers[:-1]:
+            x = nn.functional.linear(x, weight, bias).tanh()
+        x = nn.functional.linear(x, *self.actor_layers[-1])
         if not greedy and self.discrete:
             x = x - torch.empty_like(x).exponential_().log()  # Gumbel-max trick: the argmax is now a sample
         elif not greedy:

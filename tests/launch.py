@@ -4,6 +4,7 @@ import atexit
 import multiprocessing
 import os
 import runpy
+import signal
 import sys
 from pathlib import Path
 
@@ -37,6 +38,7 @@ def _main(script: str, argv: list[str], cwd: str, output: list[str], environ: di
     for number, file in enumerate(output, 1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
     os.chdir(cwd)
     for name, value in environ.items():
         os.environ.pop(name, None) if value is None else os.environ.update({name: value})

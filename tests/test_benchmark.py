@@ -205,7 +205,8 @@ def test_curves_weigh_episodes_and_leave_out_iterations_without(tmp_path):
 def test_interruption_ends_the_children(tmp_path, number, code):
     told = "(run_dir / 'pid').write_text(str(__import__('os').getpid()))"
     (tmp_path / "fake.py").write_text(FAKE.replace("time.sleep", f"{told}; time.sleep"))
-    program = "import sys; from benchmark.__main__ import main, SUITES; "
+    program = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "  # as in a foreground
+    program += "from benchmark.__main__ import main, SUITES; "
     program += "SUITES['toy'] = [('fake', 'Slow-v0', 1, '1-2', '')]; "
     program += f"sys.exit(main(['run', '--suite', 'toy', '--out', {str(tmp_path)!r}, '--algos', {str(tmp_path)!r}]))"
     harness = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stderr=subprocess.PIPE)
