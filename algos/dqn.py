@@ -171,7 +171,7 @@ def linear_schedule(start: float, end: float, duration: float, t: float) -> floa
 
 
 def td_target(rewards: Tensor, terminated: Tensor, next_values: Tensor, gamma: float) -> Tensor:
-    """y (B,) of algorithm 1 from rewards, terminated, max_a' Q_target(s', a') (B,); truncation does not stop it."""
+    """y (B,) of algorithm 1 from rewards, terminated, values of the next states (B,); truncation does not stop it."""
     return rewards + gamma * ~terminated * next_values
 
 

@@ -128,7 +128,8 @@ IMPOSSIBLE = dict(
     hidden_size=[0], learning_rate=[-1e-3, float("nan")], clip_coef=[-0.1], max_grad_norm=[-1.0], eval_episodes=[0, -1],
     checkpoint_every=[0], seed=[-1], torch_threads=[-1], target_kl=[-1.0], beta=[-1.0], multiplier=[-1.0],
     multiplier_lr=[-1.0], policy_step=[-1.0], damping=[-1.0], cg_iterations=[0], fisher_stride=[0],
-    line_search_steps=[0], horizon=[0], critic_learning_rate=[-1e-3],
+    line_search_steps=[0], horizon=[0], critic_learning_rate=[-1e-3], policy_frequency=[0],
+    exploration_noise=[-1.0], policy_noise=[-1.0], noise_clip=[-1.0],
 )  # fmt: skip
 
 

