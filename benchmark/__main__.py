@@ -34,11 +34,11 @@ def run_command(args: argparse.Namespace) -> int:
 def report_command(args: argparse.Namespace) -> int:
     """Keep finished runs and rewrite what shows them; with --check exit code 1 if the README does not."""
     if not args.check:
-        report.collect(args.runs, args.results)
-        report.keep_random_returns(args.results)
-        report.draw_curves(args.results)
+        report.collect(args.runs, args.baselines)
+        report.keep_random_returns(args.baselines)
+        report.draw_curves(args.baselines)
     old = args.readme.read_text()
-    new = report.insert(old, report.markdown(args.results, report.read_references(args.references)))
+    new = report.insert(old, report.markdown(args.baselines, report.read_references(args.references)))
     if args.check:
         print(f"the results in {args.readme} are {'current' if old == new else 'stale: python -m benchmark report'}")
         return 0 if old == new else 1
@@ -48,11 +48,11 @@ def report_command(args: argparse.Namespace) -> int:
 
 def speed_command(args: argparse.Namespace) -> int:
     """Measure, keep the raw values, print their summary."""
-    path, seeds = args.results / "speed.json", parse_seeds(args.seeds) if args.seeds else []
+    path, seeds = args.baselines / "speed.json", parse_seeds(args.seeds) if args.seeds else []
     kept = json.loads(path.read_text()) if path.exists() else {}
     peer = args.peer_python or speed.make_peer()
     found = speed.measure(peer, args.rounds, args.steps, seeds, args.algo, args.env, kept)
-    args.results.mkdir(parents=True, exist_ok=True)
+    args.baselines.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(found, indent=1) + "\n")
     print(speed.summary(found))
     return 0
@@ -81,7 +81,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     sub = command("report", report_command, "keep finished runs, draw learning curves, write the table of the README")
     sub.add_argument("--check", action="store_true", help="write nothing, exit 1 if the README is stale")
     sub.add_argument("--runs", type=Path, default=FOLDER / "runs", help="directories of runs")
-    sub.add_argument("--results", type=Path, default=FOLDER / "results", help="the kept results")
+    sub.add_argument("--baselines", type=Path, default=FOLDER / "baselines", help="the kept results")
     sub.add_argument("--readme", type=Path, default=FOLDER.parent / "README.md", help="the file with the marks")
     sub = command("speed", speed_command, "measure against stable-baselines3 in turn, one thread each")
     sub.add_argument("--algo", default="", help="only this script; the other measurements are kept")
@@ -92,7 +92,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     sub.add_argument(
         "--seeds", default="1-10", help="of PPO's runs from the command line to a solved CartPole, may be empty"
     )
-    sub.add_argument("--results", type=Path, default=FOLDER / "results", help="where speed.json is kept")
+    sub.add_argument("--baselines", type=Path, default=FOLDER / "baselines", help="where speed.json is kept")
     return parser.parse_args(argv)
 
 

@@ -80,7 +80,7 @@ def learning_curve(run_dir: Path, points: int = 100) -> list[list[float]]:
     return [[float(c[-1, 0]), round(float(np.average(c[:, 1], weights=c[:, 2])), 2)] for c in chunks]
 
 
-def collect(runs: Path, results: Path) -> None:
+def collect(runs: Path, baselines: Path) -> None:
     """Keep the finished cells of all suites; what was kept of other seeds stays unless the hyperparameters changed."""
     for row, cells in suite_rows(*SUITES).items():
         seeds, hyperparameters = {}, None
@@ -100,7 +100,7 @@ def collect(runs: Path, results: Path) -> None:
             )
         if hyperparameters is None:
             continue
-        path = results / f"{file_name(row)}.json"
+        path = baselines / f"{file_name(row)}.json"
         old = json.loads(path.read_text()) if path.exists() else {}
         if old.get("hyperparameters") == hyperparameters:
             seeds = {run["seed"]: run for run in old["seeds"]} | seeds
@@ -110,10 +110,10 @@ def collect(runs: Path, results: Path) -> None:
         path.write_text(f'{top},\n "seeds": [\n{body}\n]}}\n')
 
 
-def read_results(results: Path, *suites: str) -> dict[Row, list[dict]]:
+def read_baselines(baselines: Path, *suites: str) -> dict[Row, list[dict]]:
     """The kept runs by table row, in the order of the suites."""
     rows = suite_rows(*suites)
-    paths = {row: results / f"{file_name(row)}.json" for row in rows}
+    paths = {row: baselines / f"{file_name(row)}.json" for row in rows}
     return {row: json.loads(path.read_text())["seeds"] for row, path in paths.items() if path.exists()}
 
 
@@ -131,30 +131,30 @@ def random_return(env_id: str, episodes: int = 100) -> float:
     return total / episodes
 
 
-def keep_random_returns(results: Path) -> None:
+def keep_random_returns(baselines: Path) -> None:
     """Store the scores of the random policy on those environments of the comparison that were run."""
-    path = results / "random.json"
+    path = baselines / "random.json"
     known = json.loads(path.read_text()) if path.exists() else {}
-    for _, env_id, _ in read_results(results, "ppo_paper"):
+    for _, env_id, _ in read_baselines(baselines, "ppo_paper"):
         known[env_id] = known.get(env_id) or random_return(env_id)
     if known:
         path.write_text(json.dumps(known, indent=1) + "\n")
 
 
-def comparison(results: Path) -> str:
+def comparison(baselines: Path) -> str:
     """The experiment of the PPO paper: mean of the last 100 training episodes by setting and environment.
 
     The normalised score of an environment is 0 for the random policy and 1 for the best run; an environment on which
     a setting is missing is left out.
     """
-    kept = {row: [run["train_return"] for run in runs] for row, runs in read_results(results, "ppo_paper").items()}
+    kept = {row: [run["train_return"] for run in runs] for row, runs in read_baselines(baselines, "ppo_paper").items()}
     rows = {(name, env_id): (f"{algo} {flags}".strip(), env_id, 1_000_000)
             for name, algo, flags, _ in PPO_PAPER for env_id in PPO_PAPER_ENVS}  # fmt: skip
     names = [name for name, *_ in PPO_PAPER]
     envs = [env_id for env_id in PPO_PAPER_ENVS if all(rows[name, env_id] in kept for name in names)]
     if not envs:
         return ""
-    random = json.loads((results / "random.json").read_text())
+    random = json.loads((baselines / "random.json").read_text())
     best = {env_id: max(max(kept[rows[name, env_id]]) for name in names) for env_id in envs}
     lines = []
     for name, *_, published in PPO_PAPER:
@@ -170,22 +170,22 @@ def comparison(results: Path) -> str:
     return text + "| " + " | ".join(["random policy", *cells, "0", "0"]) + " |\n"
 
 
-def markdown(results: Path, references: dict[Row, dict[str, str]]) -> str:
+def markdown(baselines: Path, references: dict[Row, dict[str, str]]) -> str:
     """What stands in the README between the marks."""
-    kept, planned = read_results(results, *TABULATED), suite_rows(*SUITES)
+    kept, planned = read_baselines(baselines, *TABULATED), suite_rows(*SUITES)
     text = table([summarise(row, runs, len(planned[row]), references) for row, runs in kept.items()]) + "\n\n"
     for row in kept:
         if reference := references.get(row):
             origin = "; ".join(filter(None, [reference["source"], reference["note"]]))
             text += f"- {row[0]}, {row[1]}, {row[2]:,} steps: {origin}\n"
-    if compared := comparison(results):
+    if compared := comparison(baselines):
         text += (
             "\nThe experiment of the PPO paper (section 6.1) with these scripts: mean return of the last 100 training "
         )
         text += "episodes after 1M steps (number of runs), and the average score normalised to 0 for the random policy "
         text += f"and 1 for the best run on each environment.\n\n{compared}"
-    if (results / "speed.json").exists():
-        text += "\nSpeed: " + summary(json.loads((results / "speed.json").read_text()))
+    if (baselines / "speed.json").exists():
+        text += "\nSpeed: " + summary(json.loads((baselines / "speed.json").read_text()))
     return text
 
 
@@ -197,7 +197,7 @@ def insert(readme: str, text: str) -> str:
     return f"{head}{BEGIN}\n{text}{END}{rest.split(END)[1]}"
 
 
-def draw_curves(results: Path) -> None:
+def draw_curves(baselines: Path) -> None:
     """A picture per environment: each seed as a thin line, the mean over seeds as a thick one."""
     import matplotlib
 
@@ -206,7 +206,7 @@ def draw_curves(results: Path) -> None:
     from matplotlib import pyplot as plt
 
     figures: dict[str, plt.Figure] = {}
-    for i, ((algo, env_id, _), runs) in enumerate(read_results(results, *TABULATED).items()):
+    for i, ((algo, env_id, _), runs) in enumerate(read_baselines(baselines, *TABULATED).items()):
         figure = figures[env_id] = figures.get(env_id) or plt.figure(figsize=(6, 4), layout="constrained")
         axes = figure.gca()
         axes.set(title=env_id, xlabel="environment steps", ylabel="return of training episodes")
@@ -219,7 +219,7 @@ def draw_curves(results: Path) -> None:
         mean = np.mean([np.interp(grid, x, y) for x, y in curves], axis=0)
         axes.plot(grid, mean, color=f"C{i % 10}", linewidth=2, label=f"{algo}, {len(curves)} seeds")
         axes.legend()
-    (results / "curves").mkdir(parents=True, exist_ok=True)
+    (baselines / "curves").mkdir(parents=True, exist_ok=True)
     for env_id, figure in figures.items():
-        figure.savefig(results / "curves" / f"{env_id.replace('/', '-')}.svg", metadata={"Date": None})
+        figure.savefig(baselines / "curves" / f"{env_id.replace('/', '-')}.svg", metadata={"Date": None})
         plt.close(figure)

@@ -61,8 +61,8 @@ def bench(tmp_path, monkeypatch):
     def call(name: str, *words: str, bar: str = "") -> int:
         head = "algorithm,env_id,steps,bar,best_published,seeds,protocol,source,note"
         (tmp_path / "references.csv").write_text(f"{head}\nfake,Toy/Env-v0,1000,{bar},30,1,single run,a/b@c:d,note\n")
-        files = dict(run=["out", "algos"], report=["runs", "results", "readme"])[name]
-        places = dict(out="runs", algos=".", runs="runs", results="results", readme="README.md")
+        files = dict(run=["out", "algos"], report=["runs", "baselines", "readme"])[name]
+        places = dict(out="runs", algos=".", runs="runs", baselines="baselines", readme="README.md")
         paths = [word for flag in files for word in (f"--{flag}", str(tmp_path / places[flag]))]
         return main([name, "--references", str(tmp_path / "references.csv"), *paths, *words])
 
@@ -148,7 +148,7 @@ def test_report_keeps_results_and_check_finds_a_stale_readme(bench, tmp_path, ca
     bench("run", "--suite", "toy", "--env", "Toy/Env-v0", "--workers", "4")
     assert bench("report", "--check") == 1
     assert "old" in (tmp_path / "README.md").read_text()
-    assert not (tmp_path / "results").exists()
+    assert not (tmp_path / "baselines").exists()
     assert bench("report") == 0
     readme = (tmp_path / "README.md").read_text()
     assert readme.startswith(f"before\n{report.BEGIN}\n| Algorithm")
@@ -156,13 +156,13 @@ def test_report_keeps_results_and_check_finds_a_stale_readme(bench, tmp_path, ca
     assert "25.0 [" in readme
     assert "a/b@c:d" in readme
     assert bench("report", "--check") == 0
-    path = tmp_path / "results" / "fake__Toy-Env-v0__1000.json"
+    path = tmp_path / "baselines" / "fake__Toy-Env-v0__1000.json"
     kept = json.loads(path.read_text())
     assert [run["seed"] for run in kept["seeds"]] == [1, 2, 3, 4]
     assert kept["seeds"][0]["versions"] == {"torch": "0"}
     assert len(kept["seeds"][0]["curve"]) == 100
     assert kept["seeds"][0]["curve"][-1][0] == 499
-    picture = tmp_path / "results" / "curves" / "Toy-Env-v0.svg"
+    picture = tmp_path / "baselines" / "curves" / "Toy-Env-v0.svg"
     before = picture.read_bytes(), path.read_bytes()
     assert bench("report") == 0
     assert before == (picture.read_bytes(), path.read_bytes())
@@ -174,7 +174,7 @@ def test_kept_seeds_stay_unless_hyperparameters_change(bench, tmp_path):
     words = ["run", "--suite", "toy", "--env", "Toy/Env-v0", "--workers", "4"]
     bench(*words)
     bench("report")
-    path = tmp_path / "results" / "fake__Toy-Env-v0__1000.json"
+    path = tmp_path / "baselines" / "fake__Toy-Env-v0__1000.json"
     for seed in (1, 2):
         (tmp_path / "runs" / f"fake__Toy-Env-v0__1000__{seed}" / "result.json").unlink()
     bench("report")
