@@ -5,14 +5,15 @@
 # algorithm, an environment and a budget.
 SUITES = {
     "ci": [
-        ("ppo_clip", "CartPole-v1", 50_000, "1-4", ""),
-        ("ppo_clip", "Acrobot-v1", 100_000, "1-2", ""),
-        ("ppo_clip", "Pendulum-v1", 80_000, "1-2", ""),
-        ("npg trpo trpo_penalty ppo_kl", "CartPole-v1", 50_000, "1-2", ""),
-        ("a2c", "CartPole-v1", 150_000, "1-2", ""),
-        ("reinforce", "CartPole-v1", 200_000, "1-2", ""),
-        ("actor_critic", "CartPole-v1", 200_000, "1-4", ""),
-        ("dqn double_dqn dueling_dqn", "CartPole-v1", 50_000, "1-2", ""),
+        ("ppo_clip", "CartPole-v1", 50_000, "1-10", ""),
+        ("ppo_clip", "Acrobot-v1", 100_000, "1-10", ""),
+        ("ppo_clip", "Pendulum-v1", 80_000, "1-10", ""),
+        ("npg trpo trpo_penalty ppo_kl", "CartPole-v1", 50_000, "1-10", ""),
+        ("a2c", "CartPole-v1", 150_000, "1-10", ""),
+        ("reinforce", "CartPole-v1", 200_000, "1-10", ""),
+        ("actor_critic", "CartPole-v1", 200_000, "1-10", ""),
+        ("dqn double_dqn dueling_dqn", "CartPole-v1", 50_000, "1-10", ""),
+        ("ddpg td3 sac", "Pendulum-v1", 10_000, "1-10", ""),
     ],
     "classic": [
         ("reinforce actor_critic", "CartPole-v1", 200_000, "1-10", ""),
@@ -21,6 +22,7 @@ SUITES = {
         ("trpo ppo_clip", "Pendulum-v1", 100_000, "1-10", ""),
         ("dqn double_dqn dueling_dqn", "CartPole-v1", 50_000, "1-10", ""),
         ("dqn double_dqn dueling_dqn", "Acrobot-v1", 100_000, "1-10", ""),
+        ("ddpg td3 sac", "Pendulum-v1", 20_000, "1-10", ""),
     ],
     "box2d": [
         ("ppo_clip", "LunarLander-v3", 1_000_000, "1-10", ""),
@@ -30,6 +32,9 @@ SUITES = {
         ("a2c npg trpo ppo_clip", "HalfCheetah-v5", 1_000_000, "1-5", ""),
         ("a2c npg trpo ppo_clip", "Hopper-v5", 1_000_000, "1-5", ""),
         ("a2c npg trpo ppo_clip", "Walker2d-v5", 1_000_000, "1-5", ""),
+        ("td3 sac", "InvertedPendulum-v5", 25_000, "1-10", ""),
+        ("ddpg td3 sac", "HalfCheetah-v5", 100_000, "1-5", ""),
+        ("td3 sac", "Hopper-v5", 1_000_000, "1", ""),
     ],
     "minatar": [("ppo_clip dqn", "MinAtar/Breakout-v1", 1_000_000, "1-3", "")],
     "atari": [("ppo_clip", "ALE/Pong-v5", 1_000_000, "1-2", "")],
