@@ -1,8 +1,10 @@
 """Collects finished runs into small JSON files, and draws the tables and learning curves from those."""
 
 import csv
+import importlib
 import json
 from collections import defaultdict
+from datetime import datetime, timezone
 from pathlib import Path
 
 import gymnasium as gym
@@ -17,6 +19,9 @@ Row = tuple[str, str, int]  # algorithm with its flags, environment, steps
 FOLDER = Path(__file__).parent
 PACKAGES = ("torch", "gymnasium", "numpy", "mujoco", "ale-py", "MinAtar", "Box2D")
 PLUMBING = ("algo", "seed", "run_dir", "track", "capture_video", "checkpoint_every", "resume", "versions", "git_commit")
+HEAD = ["Algorithm", "Environment", "Steps", "IQM [95% interval]", "Seeds", "Bar", "Best published", "Steps/s", ""]
+# Nine of the ten colours of Petroff (2021), which colour-blind readers can tell apart; the tenth is faint on white.
+COLOURS = ["#94a4a2", "#b9ac70", "#ffa90e", "#a96b59", "#832db6", "#717581", "#e76300", "#3f90da", "#bd1f01"]
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 
 
@@ -49,19 +54,25 @@ def summarise(row: Row, runs: list[dict], planned: int, references: dict[Row, di
     return dict(row=row, iqm=iqm, low=low, high=high, n=len(runs), sps=sps, reference=reference, verdict=verdict)
 
 
+def table_row(line: dict) -> list[str]:
+    """A line from `summarise` as text under HEAD."""
+    reference, interval = line["reference"], "{iqm:.1f} [{low:.1f}, {high:.1f}]".format(**line)
+    published = "{best_published} ({protocol})".format(**reference) if reference["best_published"] else ""
+    algo, env_id, steps = line["row"]
+    numbers = [interval, str(line["n"]), reference["bar"], published, f"{line['sps']:,.0f}"]
+    return [algo, env_id, f"{steps:,}", *numbers, line["verdict"]]
+
+
 def table(lines: list[dict]) -> str:
     """Lines from `summarise` as a Markdown table that is aligned in a terminal, too."""
-    head = ["Algorithm", "Environment", "Steps", "IQM [95% interval]", "Seeds", "Bar", "Best published", "Steps/s", ""]
-    cells = [head]
-    for line in lines:
-        reference, interval = line["reference"], "{iqm:.1f} [{low:.1f}, {high:.1f}]".format(**line)
-        published = "{best_published} ({protocol})".format(**reference) if reference["best_published"] else ""
-        algo, env_id, steps = line["row"]
-        numbers = [interval, str(line["n"]), reference["bar"], published, f"{line['sps']:,.0f}"]
-        cells.append([algo, env_id, f"{steps:,}", *numbers, line["verdict"]])
+    return aligned([HEAD, *map(table_row, lines)])
+
+
+def aligned(cells: list[list[str]]) -> str:
+    """A Markdown table of a head and rows, in columns of equal width."""
     widths = [max(map(len, column)) for column in zip(*cells)]
-    cells.insert(1, ["-" * max(width, 3) for width in widths])
-    return "\n".join("| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in cells)
+    rules = ["-" * max(width, 3) for width in widths]
+    return "\n".join("| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in [cells[0], rules, *cells[1:]])
 
 
 def suite_rows(*suites: str) -> dict[Row, list[Cell]]:
@@ -93,10 +104,14 @@ def collect(runs: Path, baselines: Path) -> None:
             hyperparameters = hyperparameters or mine
             if differing := [key for key in hyperparameters | mine if hyperparameters.get(key) != mine.get(key)]:
                 raise ValueError(f"{runs / cell.name} differs from the seeds before it in {', '.join(differing)}")
+            finished = datetime.fromtimestamp((runs / cell.name / "result.json").stat().st_mtime, timezone.utc)
             kept = ("seed", "eval_returns", "eval_mean", "train_return", "sps", "wall_time")
             versions = {name: config["versions"][name] for name in PACKAGES if name in config["versions"]}
             seeds[cell.seed] = {key: result[key] for key in kept} | dict(
-                git_commit=config["git_commit"], versions=versions, curve=learning_curve(runs / cell.name)
+                date=str(finished.date()),
+                git_commit=config["git_commit"],
+                versions=versions,
+                curve=learning_curve(runs / cell.name),
             )
         if hyperparameters is None:
             continue
@@ -119,6 +134,10 @@ def read_baselines(baselines: Path, *suites: str) -> dict[Row, list[dict]]:
 
 def random_return(env_id: str, episodes: int = 100) -> float:
     """Mean return of uniformly random actions."""
+    if env_id.startswith("ALE/"):
+        gym.register_envs(importlib.import_module("ale_py"))
+    elif env_id.startswith("MinAtar/") and env_id not in gym.registry:
+        importlib.import_module("minatar.gym").register_envs()
     env = gym.make(env_id)
     env.action_space.seed(0)
     total = 0.0
@@ -132,10 +151,10 @@ def random_return(env_id: str, episodes: int = 100) -> float:
 
 
 def keep_random_returns(baselines: Path) -> None:
-    """Store the scores of the random policy on those environments of the comparison that were run."""
+    """Store the scores of the random policy on the environments that were run."""
     path = baselines / "random.json"
     known = json.loads(path.read_text()) if path.exists() else {}
-    for _, env_id, _ in read_baselines(baselines, "ppo_paper"):
+    for _, env_id, _ in read_baselines(baselines, *SUITES):
         known[env_id] = known.get(env_id) or random_return(env_id)
     if known:
         path.write_text(json.dumps(known, indent=1) + "\n")
@@ -197,6 +216,19 @@ def insert(readme: str, text: str) -> str:
     return f"{head}{BEGIN}\n{text}{END}{rest.split(END)[1]}"
 
 
+def styles() -> dict[str, tuple[str, str]]:
+    """Colour and kind of line of every algorithm of the tables, the same in every picture."""
+    lines = ["solid", "dash", "dot"]
+    algos = dict.fromkeys(algo for algo, _, _ in suite_rows(*TABULATED))
+    return {algo: (COLOURS[i % 9], lines[i // 9 % 3]) for i, algo in enumerate(algos)}
+
+
+def mean_curve(curves: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Steps that all curves cover and the mean over curves there."""
+    grid = np.linspace(max(x[0] for x, _ in curves), min(x[-1] for x, _ in curves), 100)
+    return grid, np.mean([np.interp(grid, x, y) for x, y in curves], axis=0)
+
+
 def draw_curves(baselines: Path) -> None:
     """A picture per environment: each seed as a thin line, the mean over seeds as a thick one."""
     import matplotlib
@@ -204,22 +236,25 @@ def draw_curves(baselines: Path) -> None:
     matplotlib.use("svg")
     matplotlib.rcParams["svg.hashsalt"] = "foliorl"  # equal results give equal files
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import EngFormatter
 
     figures: dict[str, plt.Figure] = {}
-    for i, ((algo, env_id, _), runs) in enumerate(read_baselines(baselines, *TABULATED).items()):
-        figure = figures[env_id] = figures.get(env_id) or plt.figure(figsize=(6, 4), layout="constrained")
+    for (algo, env_id, _), runs in read_baselines(baselines, *TABULATED).items():
+        figure = figures[env_id] = figures.get(env_id) or plt.figure(figsize=(7, 3.8), layout="constrained")
         axes = figure.gca()
         axes.set(title=env_id, xlabel="environment steps", ylabel="return of training episodes")
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.spines[["top", "right"]].set_visible(False)
         curves = [np.array(run["curve"]).T for run in runs if run["curve"]]
         if not curves:  # no episode ended
             continue
-        for x, y in curves:
-            axes.plot(x, y, color=f"C{i % 10}", linewidth=0.5, alpha=0.5)
-        grid = np.linspace(max(x[0] for x, _ in curves), min(x[-1] for x, _ in curves), 100)
-        mean = np.mean([np.interp(grid, x, y) for x, y in curves], axis=0)
-        axes.plot(grid, mean, color=f"C{i % 10}", linewidth=2, label=f"{algo}, {len(curves)} seeds")
-        axes.legend()
+        colour, line = styles()[algo]
+        for curve in curves:
+            axes.plot(*curve, color=colour, linewidth=0.5, alpha=0.4, zorder=1)
+        label, line = f"{algo}, {len(curves)} seeds", dict(solid="-", dash="--", dot=":")[line]
+        axes.plot(*mean_curve(curves), line, color=colour, linewidth=2, label=label)
     (baselines / "curves").mkdir(parents=True, exist_ok=True)
     for env_id, figure in figures.items():
+        figure.legend(loc="outside right upper", frameon=False)
         figure.savefig(baselines / "curves" / f"{env_id.replace('/', '-')}.svg", metadata={"Date": None})
         plt.close(figure)

@@ -1,46 +1,58 @@
-"""Measures our scripts against stable-baselines3: same machine, same hyperparameters, one thread each, in turn."""
+"""Measures our scripts against their peers or their own past: one core, equal hyperparameters, in turn."""
 
+import hashlib
 import importlib.metadata
 import json
 import os
 import platform
+import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from statistics import median
 
 from tqdm import tqdm
 
+from benchmark.tasks import OURS, TASKS, Task
+
 FOLDER = Path(__file__).parent
 ALGOS = FOLDER.parent / "algos"
-PLAIN = dict(gamma=0.99, hidden_size=64, norm_obs=False, norm_reward=False)
-MUJOCO = dict(num_envs=1, num_steps=2048, norm_obs=True, norm_reward=True)
-GRADIENT = PLAIN | dict(vf_coef=0.5, ent_coef=0.0, max_grad_norm=0.5)
-PPO = GRADIENT | dict(learning_rate=3e-4, gae_lambda=0.95)
-A2C = GRADIENT | dict(learning_rate=7e-4)
-TRPO = PLAIN | dict(learning_rate=1e-3, gae_lambda=0.95, update_epochs=10, cg_iterations=10, damping=0.1)
-PPO_CARTPOLE = PPO | dict(num_envs=4, num_steps=128, update_epochs=4, num_minibatches=4)
-TRPO_CARTPOLE = TRPO | dict(num_envs=4, num_steps=256, num_minibatches=8)
-CLIP, GAE, KL = dict(clip_coef=0.2), dict(gae_lambda=0.95), dict(target_kl=0.01)
-TASKS = {  # script, peer, environment: hyperparameters of both sides, and those that only the peer has
-    ("ppo_clip", "PPO", "CartPole-v1"): (PPO_CARTPOLE | CLIP, {}),
-    ("ppo_clip", "PPO", "HalfCheetah-v5"): (PPO | CLIP | MUJOCO | dict(update_epochs=10, num_minibatches=32), {}),
-    ("ppo_kl", "PPO", "CartPole-v1"): (PPO_CARTPOLE, CLIP),
-    ("trpo_penalty", "PPO", "CartPole-v1"): (PPO_CARTPOLE, CLIP),
-    ("a2c", "A2C", "CartPole-v1"): (A2C | GAE | dict(num_envs=8, num_steps=5), {}),
-    ("a2c", "A2C", "HalfCheetah-v5"): (A2C | GAE | MUJOCO | dict(num_envs=4, num_steps=8), {}),
-    ("actor_critic", "A2C", "CartPole-v1"): (A2C | dict(num_envs=8, num_steps=5), GAE),
-    ("trpo", "TRPO", "CartPole-v1"): (TRPO_CARTPOLE | KL, {}),
-    ("trpo", "TRPO", "HalfCheetah-v5"): (TRPO | KL | MUJOCO | dict(num_minibatches=16), {}),
-    ("npg", "TRPO", "CartPole-v1"): (TRPO_CARTPOLE, KL),
-}
+PEERS = dict(sb3=("stable-baselines3", "sb3-contrib"), sbx=("sbx-rl", "jax"))  # packages, an environment for each peer
 
 
-def timed(words: list[str]) -> dict:
+def select(algo: str, env: str, peers: list[str]) -> list[Task]:
+    """The tasks of a script and an environment, "" for all, each with those of its classes that are of the peers."""
+    chosen = [task._replace(peers=" ".join(kind for kind in task.peers.split() if kind.split(".")[0] in peers))
+              for task in TASKS if algo in ("", task.script) and env in ("", task.env_id)]  # fmt: skip
+    if not any(task.peers for task in chosen):
+        raise ValueError("speed has no task with this algorithm, environment and peers")
+    return [task for task in chosen if task.peers]
+
+
+@contextmanager
+def one_core() -> Iterator[None]:
+    """Everything started within shares one core, where the system can be told: XLA does not heed OMP_NUM_THREADS."""
+    if not hasattr(os, "sched_setaffinity"):
+        yield
+        return
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {max(cores)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cores)
+
+
+def timed(words: list[str], **variables: str) -> dict:
     """Run a command with one thread; its output, seconds from start to end and peak resident memory in MiB."""
-    environment = os.environ | dict(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
+    threads = dict(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", XLA_FLAGS="--xla_cpu_multi_thread_eigen=false")
+    environment = os.environ | threads | dict(JAX_PLATFORMS="cpu") | variables
     with tempfile.TemporaryFile("w+") as output:
         start = time.perf_counter()
         process = subprocess.Popen(words, stdout=output, stderr=subprocess.STDOUT, env=environment)
@@ -53,38 +65,51 @@ def timed(words: list[str]) -> dict:
         output.seek(0)
         text = output.read()
     if process.returncode:
-        raise ValueError(f"{' '.join(words)} failed:\n{text[-2000:]}")
+        framed = [line.strip("│ ") for line in text.splitlines() if line.startswith("│")]  # by tyro, its advice last
+        told = framed[0] if framed else text.strip().rpartition("\n")[2]
+        raise ValueError(f"{shlex.join(words)} failed with exit code {process.returncode}: {told}")
     return dict(text=text, seconds=seconds, peak_mib=usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10))
 
 
-def run_ours(algo: str, options: dict) -> dict:
+def run_ours(script: Path, options: dict, seed: int, **variables: str) -> dict:
     """One command of ours: what `timed` says and result.json."""
-    words = [sys.executable, str(ALGOS / f"{algo}.py"), "--torch-threads", "1"]
-    for key, value in options.items():
+    words = [sys.executable, str(script), "--torch-threads", "1"]
+    for key, value in (options | dict(seed=seed)).items():
         name = key.replace("_", "-")
         words += [f"--{'' if value else 'no-'}{name}"] if isinstance(value, bool) else [f"--{name}", str(value)]
     with tempfile.TemporaryDirectory() as run_dir:
-        return timed([*words, "--run-dir", run_dir]) | json.loads(Path(run_dir, "result.json").read_text())
+        measured = timed([*words, "--run-dir", run_dir], **variables)
+        return measured | json.loads(Path(run_dir, "result.json").read_text())
 
 
-def run_peer(python: str, options: dict) -> dict:
+def run_peer(python: str, kind: str, options: dict, seed: int) -> dict:
     """One command of the peer: what `timed` says and its sps."""
-    measured = timed([python, str(FOLDER / "peer_sb3.py"), json.dumps(options)])
+    measured = timed([python, str(FOLDER / "peer.py"), kind, json.dumps(options | dict(seed=seed))])
     return measured | json.loads(measured["text"].splitlines()[-1])
 
 
-def make_peer() -> str:
+def in_turn(label: str, ours: Callable, theirs: Callable, rounds: int, entry: dict) -> Iterator[None]:
+    """Run both with equal seeds until the entry holds so many runs of each; yields after each round.
+
+    In turn, so that a slow hour of the machine hits both.
+    """
+    for seed in tqdm(range(len(entry["ours"]) + 1, rounds + 1), label, unit="round", disable=None):
+        runs = dict(ours=ours(seed), peer=theirs(seed))
+        for side, run in runs.items():
+            entry[side].append({key: run[key] for key in ("sps", "peak_mib", "seconds")})
+        yield
+
+
+def make_peer(peer: str) -> str:
     """The interpreter of a virtual environment that holds the peer, with our versions of what both use."""
-    folder, version = FOLDER / "peers" / "sb3", importlib.metadata.version
+    folder = FOLDER / "peers" / peer
     python = str(folder / "bin" / "python")
     if not (folder / "ready").exists():
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
         names = ("torch", "numpy", "gymnasium[mujoco]", "mujoco")
-        pins = [f"{name}=={version(name.split('[')[0]).partition('+')[0]}" for name in names]
-        if subprocess.run(
-            [python, "-m", "pip", "install", "--quiet", *pins, "stable-baselines3", "sb3-contrib"]
-        ).returncode:
-            raise ValueError("the peer could not be installed: --peer-python takes an interpreter that has it")
+        pins = [f"{name}=={importlib.metadata.version(name.split('[')[0]).partition('+')[0]}" for name in names]
+        if subprocess.run([python, "-m", "pip", "install", "--quiet", *pins, *PEERS[peer]]).returncode:
+            raise ValueError(f"{peer} could not be installed: --peer-python {peer}=PYTHON takes one that has it")
         (folder / "ready").touch()
     return python
 
@@ -95,59 +120,109 @@ def cpu_name() -> str:
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
-def measure(peer: str, rounds: int, steps: int, seeds: list[int], algo: str, env: str, found: dict) -> dict:
-    """All measurements, raw, so that any statistic can be taken from them; `peer` is the peer's interpreter.
-
-    Those of `found` that are not made anew stay, if they were made on the same machine with the same versions.
-    """
+def machine() -> dict:
+    """What measurements must agree in to stand side by side."""
     versions = {name: importlib.metadata.version(name) for name in ("torch", "gymnasium", "numpy", "mujoco")}
-    for name in ("stable-baselines3", "sb3-contrib"):
-        ask = f"import importlib.metadata as m; print(m.version('{name}'))"
-        versions[name] = timed([peer, "-c", ask])["text"].strip()
-    header = dict(cpu=cpu_name(), cores=os.cpu_count(), python=platform.python_version(), versions=versions)
-    if any(found.get(key) != value for key, value in header.items()):
-        found = dict(tasks={}, first_success=[])
-    tasks = {task: options for task, options in TASKS.items() if algo in ("", task[0]) and env in ("", task[2])}
-    bar = tqdm(total=2 * rounds * len(tasks) + len(seeds), unit="run", disable=None)
-    for (script, kind, env_id), (task, peers_own) in tasks.items():
-        sides: dict = dict(steps=steps, ours=[], peer=[])
-        for seed in range(1, rounds + 1):
-            options = task | dict(env_id=env_id, total_timesteps=steps, seed=seed)
-            extra = dict(anneal_lr=False, clip_reward=False, eval_episodes=1)
-            for side in ("ours", "peer"):  # in turn, so that a slow hour of the machine hits both
-                run = (
-                    run_ours(script, options | extra)
-                    if side == "ours"
-                    else run_peer(peer, options | peers_own | dict(peer=kind))
-                )
-                sides[side].append({key: run[key] for key in ("sps", "peak_mib", "seconds")})
-                bar.update()
-        found["tasks"][f"{script} {kind} {env_id}"] = sides
-    if seeds:
-        found["first_success"] = []
-    for seed in seeds:  # with the defaults, as a user would type it
-        run = run_ours("ppo_clip", dict(env_id="CartPole-v1", seed=seed))
-        found["first_success"].append({key: run[key] for key in ("seed", "seconds", "eval_mean")})
-        bar.update()
-    bar.close()
-    return header | found
+    return dict(cpu=cpu_name(), cores=os.cpu_count(), python=platform.python_version(), versions=versions)
+
+
+def peer_versions(peer: str, python: str, ours: dict) -> dict:
+    """Versions of the peer's own packages, and of the common ones where they are not ours."""
+    ask = "import importlib.metadata as m, json, sys; print(json.dumps({x: m.version(x) for x in sys.argv[1:]}))"
+    found = json.loads(timed([python, "-c", ask, *PEERS[peer], *ours])["text"])
+    return {name: version for name, version in found.items() if ours.get(name) != version}
+
+
+def keep(path: Path, found: dict) -> None:
+    """Write the file, atomically: an interruption leaves the old one or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".tmp").write_text(json.dumps(found, indent=1) + "\n")
+    path.with_suffix(".tmp").replace(path)
+
+
+def measure(
+    path: Path, tasks: list[Task], pythons: dict[str, str], rounds: int, steps: int, seeds: list[int], anew: bool
+) -> dict:
+    """Measure what the file lacks of so many rounds; returns what it holds, raw, for any statistic to be taken from.
+
+    `pythons` are the interpreters of the peers. Kept rounds count if they are of the same script and options; those
+    of another machine or other versions are dropped.
+    """
+    here, found = machine(), json.loads(path.read_text()) if path.exists() else {}
+    if any(found.get(key) != value for key, value in here.items()):
+        found = here | dict(peers={}, tasks={}, first_success=[])
+    for peer, python in pythons.items():
+        versions = peer_versions(peer, python, here["versions"])
+        if found["peers"].get(peer) != versions:
+            found["tasks"] = {key: entry for key, entry in found["tasks"].items() if f" {peer}." not in key}
+            found["peers"][peer] = versions
+    with one_core():
+        for task, kind in [(each, kind) for each in tasks for kind in each.peers.split()]:
+            script, key = ALGOS / f"{task.script}.py", f"{task.script} {kind} {task.env_id}"
+            theirs, text = task.at(steps) | task.extra, script.read_bytes()
+            what = dict(steps=steps or task.steps, options=theirs, sha256=hashlib.sha256(text).hexdigest())
+            entry = found["tasks"].get(key, {})
+            if anew or any(entry.get(name) != value for name, value in what.items()):
+                entry = what | dict(ours=[], peer=[])
+            ours = partial(run_ours, script, task.at(steps) | OURS)
+            peer = partial(run_peer, pythons[kind.split(".")[0]], kind, theirs)
+            for _ in in_turn(key, ours, peer, rounds, entry):
+                found["tasks"][key] = entry
+                keep(path, found)
+    if seeds and any(task[:2] == ("ppo_clip", "CartPole-v1") for task in tasks):  # as a user would type it
+        runs = [run_ours(ALGOS / "ppo_clip.py", dict(env_id="CartPole-v1"), seed) for seed in seeds]
+        found["first_success"] = [{key: run[key] for key in ("seed", "seconds", "eval_mean")} for run in runs]
+        keep(path, found)
+    return found
+
+
+def against(revision: str, tasks: list[Task], rounds: int, steps: int) -> None:
+    """Print how our scripts compare with those of a git revision, a row as soon as it is known."""
+    with tempfile.TemporaryDirectory() as folder, one_core():
+        now, then = shutil.copytree(ALGOS, Path(folder, "now")), Path(folder, "then")
+        then.mkdir()
+        for script in {f"{task.script}.py" for task in tasks}:
+            shown = subprocess.run(["git", "-C", str(ALGOS), "show", f"{revision}:./{script}"], capture_output=True)
+            if shown.returncode:
+                raise ValueError(f"--against {revision}: {shown.stderr.decode().strip()}")
+            (then / script).write_bytes(shown.stdout)
+        print(HEAD)
+        for task in tasks:
+            script, options = f"{task.script}.py", task.at(steps) | OURS
+            runs = [  # the compiler's caches apart, so that neither side profits from the other
+                partial(run_ours, side / script, options, TORCHINDUCTOR_CACHE_DIR=str(side)) for side in (now, then)
+            ]
+            entry: dict = dict(steps=steps or task.steps, ours=[], peer=[])
+            try:
+                for _ in in_turn(f"{task.script} {task.env_id}", *runs, rounds, entry):
+                    pass
+            finally:  # also on Ctrl-C
+                if entry["ours"]:
+                    print(row(task.script, revision, task.env_id, entry))
+
+
+HEAD = "| Script | Against | Environment | Steps | ours, steps/s | theirs, steps/s | ratio [min, max] | memory, MiB |"
+HEAD += "\n|" + "---|" * 8
+
+
+def row(script: str, peer: str, env_id: str, entry: dict) -> str:
+    """A line of the table: medians, and the range of the ratio over the rounds."""
+    ours, theirs = ([run["sps"] for run in entry[side]] for side in ("ours", "peer"))
+    ratios = [a / b for a, b in zip(ours, theirs)]
+    spread = f" [{min(ratios):.2f}, {max(ratios):.2f}], {len(ratios)} runs" if len(ratios) > 1 else ", one run"
+    memory = " against ".join(f"{median(run['peak_mib'] for run in entry[side]):.0f}" for side in ("ours", "peer"))
+    speeds = f"{entry['steps']:,} | {median(ours):,.0f} | {median(theirs):,.0f}"
+    return f"| {script} | {peer} | {env_id} | {speeds} | {median(ours) / median(theirs):.2f}{spread} | {memory} |"
 
 
 def summary(found: dict) -> str:
     """The measurements as Markdown."""
-    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
-    text = f"{found['cpu']}, one thread, equal hyperparameters; {versions}.\n\n"
-    head = "Script | Peer | Environment | Steps | ours, steps/s | peer, steps/s | ratio [min, max] | runs | memory, MiB"
-    text += f"| {head} |\n|{'---|' * 9}\n"
-    for task, sides in found["tasks"].items():
-        script, kind, env_id = task.split()
-        ours, peer = ([run["sps"] for run in sides[side]] for side in ("ours", "peer"))
-        ratios = [a / b for a, b in zip(ours, peer)]
-        memory = " against ".join(f"{median(run['peak_mib'] for run in sides[side]):.0f}" for side in ("ours", "peer"))
-        text += f"| {script} | {kind} | {env_id} | {sides['steps']:,} | {median(ours):,.0f} | {median(peer):,.0f} "
-        text += (
-            f"| {median(ours) / median(peer):.2f} [{min(ratios):.2f}, {max(ratios):.2f}] | {len(ours)} | {memory} |\n"
-        )
+    groups = {"equal hyperparameters": found["versions"]} | found["peers"]
+    versions = [f"{name}: {', '.join(map(' '.join, group.items()))}" for name, group in groups.items()]
+    text = f"{found['cpu']}, one thread, {'; '.join(versions)}.\n\n{HEAD}\n"
+    order = [f"{task.script} {kind} {task.env_id}" for task in TASKS for kind in task.peers.split()]
+    for key in sorted(found["tasks"], key=lambda key: order.index(key) if key in order else len(order)):
+        text += row(*key.split(), found["tasks"][key]) + "\n"
     if not found["first_success"]:
         return text
     seconds = [run["seconds"] if run["eval_mean"] >= 475 else float("inf") for run in found["first_success"]]

@@ -54,6 +54,7 @@ def bench(tmp_path, monkeypatch):
     for suite in list(SUITES):
         monkeypatch.setitem(SUITES, suite, [])
     monkeypatch.setattr(report, "TABULATED", ["toy"])
+    monkeypatch.setattr(report, "random_return", lambda env_id: 0.0)
     monkeypatch.setitem(
         SUITES, "toy", [("fake", "Toy/Env-v0", 1000, "1-4", ""), ("fake", "Broken-v0", 1000, "1-2", "")]
     )
@@ -61,8 +62,8 @@ def bench(tmp_path, monkeypatch):
     def call(name: str, *words: str, bar: str = "") -> int:
         head = "algorithm,env_id,steps,bar,best_published,seeds,protocol,source,note"
         (tmp_path / "references.csv").write_text(f"{head}\nfake,Toy/Env-v0,1000,{bar},30,1,single run,a/b@c:d,note\n")
-        files = dict(run=["out", "algos"], report=["runs", "baselines", "readme"])[name]
-        places = dict(out="runs", algos=".", runs="runs", baselines="baselines", readme="README.md")
+        files = dict(run=["out", "algos"], report=["runs", "baselines", "readme", "page"])[name]
+        places = dict(out="runs", algos=".", runs="runs", baselines="baselines", readme="README.md", page="page.html")
         paths = [word for flag in files for word in (f"--{flag}", str(tmp_path / places[flag]))]
         return main([name, "--references", str(tmp_path / "references.csv"), *paths, *words])
 
@@ -201,14 +202,15 @@ def test_curves_weigh_episodes_and_leave_out_iterations_without(tmp_path):
     assert report.learning_curve(tmp_path) == []
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_interruption_ends_the_children(tmp_path, number, code):
     told = "(run_dir / 'pid').write_text(str(__import__('os').getpid()))"
     (tmp_path / "fake.py").write_text(FAKE.replace("time.sleep", f"{told}; time.sleep"))
     program = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "  # as in a foreground
     program += "from benchmark.__main__ import main, SUITES; "
     program += "SUITES['toy'] = [('fake', 'Slow-v0', 1, '1-2', '')]; "
-    program += f"sys.exit(main(['run', '--suite', 'toy', '--out', {str(tmp_path)!r}, '--algos', {str(tmp_path)!r}]))"
+    words = ["run", "--suite", "toy", "--workers", "2", "--out", str(tmp_path), "--algos", str(tmp_path)]
+    program += f"sys.exit(main({words!r}))"
     harness = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stderr=subprocess.PIPE)
     files, deadline = [tmp_path / f"fake__Slow-v0__1__{seed}" / "pid" for seed in (1, 2)], time.time() + 20
     while not all(file.exists() and file.read_text() for file in files):

@@ -1,0 +1,91 @@
+"""Fills page.html with the kept results: one file, charts included, that opens from disk without a network."""
+
+import re
+from collections import defaultdict
+from pathlib import Path
+from urllib.parse import quote
+
+import jinja2
+import numpy as np
+from markupsafe import Markup, escape
+from plotly.offline import get_plotlyjs
+
+from benchmark import report
+from benchmark.run import file_name
+
+SEEDS = ["Seed", "Evaluation", "Episodes", "Last 100 of training", "Steps/s", "Seconds", "Date", "Commit"]
+
+
+def prose(text: str, label: str = r"\g<0>") -> Markup:
+    """Plain text as HTML; a source such as owner/name@commit:path becomes a link, `words` become code."""
+    link = rf'<a href="https://github.com/\1/blob/\2/\3">{label}</a>'
+    text = re.sub(r"([\w.-]+/[\w.-]+)@([0-9a-f]{7,40}):([\w./-]*\w)(?:/\*[\w.*]*)?", link, str(escape(text)))
+    return Markup(re.sub("`([^`]+)`", r"<code>\1</code>", text))
+
+
+def blocks(markdown: str) -> list[tuple[str, list[list[str]]]]:
+    """The paragraphs of a text, each as it is and, if it is a table, as rows of cells, head first."""
+    found = []
+    for block in markdown.strip().split("\n\n"):
+        rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in block.splitlines()]
+        found.append((block, rows[:1] + rows[2:] if block.startswith("|") else []))
+    return found
+
+
+def traces(algo: str, runs: list[dict]) -> list[dict]:
+    """Plotly's lines for the learning curves of an algorithm: all seeds as one thin line with gaps, and their mean."""
+    curves = [np.array(run["curve"]).T for run in runs if run["curve"]]
+    if not curves:  # no episode ended
+        return []
+    (colour, dash), name = report.styles()[algo], str(escape(algo))
+    x, y = zip(*(point for run in runs for point in [*run["curve"], (None, None)]))
+    steps, returns = report.mean_curve(curves)
+    common = dict(mode="lines", name=name, legendgroup=name)
+    thin = dict(x=x, y=y, opacity=0.35, hoverinfo="skip", showlegend=False)
+    shown = f"<b>{name}</b>, mean of {len(curves)} seeds<br>%{{x:,}} steps<br>return %{{y:,.1f}}<extra></extra>"
+    thick = dict(x=steps.round().tolist(), y=returns.round(2).tolist(), hovertemplate=shown)
+    return [common | given | dict(line=dict(color=colour, dash=dash, width=width))
+            for given, width in ((thin, 0.7), (thick, 2.5))]  # fmt: skip
+
+
+def result(line: dict, runs: list[dict]) -> dict:
+    """A row of the table of results: its anchor, its cells, and what it unfolds to."""
+    reference, name, cells = line["reference"], file_name(line["row"]), report.table_row(line)
+    cells[0] = Markup('<a class="opener" href="#{}">{}</a>').format(quote(name), cells[0])
+    cells[1] = Markup('<a href="#{}">{}</a>').format(quote(f"chart-{cells[1]}"), cells[1])
+    if reference["source"]:
+        cells[6] += Markup("<br><small>{}</small>").format(prose(reference["source"].split(" ")[0], r"\1"))
+    seeds = []
+    for run in runs:
+        scores = [f"{run['eval_mean']:.1f}", len(run["eval_returns"]), f"{run['train_return']:.1f}"]
+        costs = [f"{run['sps']:,.0f}", f"{run['wall_time']:,.0f}"]
+        seeds.append(dict(cells=[run["seed"], *scores, *costs, run.get("date", ""), (run["git_commit"] or "")[:8]]))
+    about = "; ".join(filter(None, [reference["source"], reference["note"]]))
+    return dict(id=name, cells=cells, about=about, seeds=seeds)
+
+
+def html(baselines: Path, references: dict[report.Row, dict[str, str]]) -> str:
+    """The page; equal results give equal pages."""
+    kept, planned = report.read_baselines(baselines, *report.TABULATED), report.suite_rows(*report.SUITES)
+    results, charts = [], defaultdict(list)
+    for row, runs in kept.items():
+        results.append(result(report.summarise(row, runs, len(planned[row]), references), runs))
+        charts[row[1]] += traces(row[0], runs)
+    every = [run for runs in kept.values() for run in runs]
+    facts = {name: {run["versions"][name] for run in every if name in run["versions"]} for name in report.PACKAGES}
+    facts["commits"] = {run["git_commit"][:8] for run in every if run["git_commit"]}
+    readme = blocks(report.markdown(baselines, references))[1:]  # without the table of results
+    loader = jinja2.FileSystemLoader(report.FOLDER)
+    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["prose"] = prose
+    environment.tests["number"] = re.compile(r"-?\d[\d.,]*( [\[(][^a-z]*[\])])?").fullmatch
+    return environment.get_template("page.html").render(
+        head=[*report.HEAD[:-1], "Verdict"],
+        results=results,
+        seeds_head=SEEDS,
+        charts={env_id: lines for env_id, lines in charts.items() if lines},
+        comparisons=[(text, rows) for text, rows in readme if not text.startswith("- ")],
+        dates=sorted(run["date"] for run in every if "date" in run),
+        facts="; ".join(f"{name} {', '.join(sorted(found))}" for name, found in facts.items() if found),
+        plotly=get_plotlyjs(),
+    )
