@@ -412,7 +412,8 @@ def train(args: Args) -> dict:
             score = score * valid + reward
             finished += score[done].tolist()
             reward = reward.clip(-1, 1) if args.clip_reward else reward
-            discounted = args.gamma * discounted * valid + reward
+            if args.norm_reward:
+                discounted = args.gamma * discounted * valid + reward
             steps.append((obs, action, reward, terminated, done, valid, discounted))
             obs = next_obs
         rollout = [torch.from_numpy(np.array(column)).to(agent.device) for column in zip(*steps)]

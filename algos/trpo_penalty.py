@@ -429,7 +429,8 @@ def train(args: Args) -> dict:
             score = score * valid + reward
             finished += score[done].tolist()
             reward = reward.clip(-1, 1) if args.clip_reward else reward
-            discounted = args.gamma * discounted * valid + reward
+            if args.norm_reward:
+                discounted = args.gamma * discounted * valid + reward
             steps.append((obs, action, reward, terminated, done, valid, discounted))
             obs = next_obs
         rollout = [torch.from_numpy(np.array(column)).to(agent.device) for column in zip(*steps)]
@@ -443,8 +444,7 @@ def train(args: Args) -> dict:
             all_values = [agent(x)[1] for x in (all_obs.flatten(0, 1), torch.from_numpy(obs).to(agent.device))]
             values = torch.cat(all_values).view(-1, args.num_envs)
         advantages = compute_gae(rewards, values, terminations, ends, args.gamma, args.gae_lambda)
-        batch = dict(obs=all_obs, actions=actions, advantages=advantages)
-        batch["returns"] = advantages + values[:-1]
+        batch = dict(obs=all_obs, actions=actions, advantages=advantages, returns=advantages + values[:-1])
         batch = {name: column[valid] for name, column in batch.items()}
         batch["advantages"] = (batch["advantages"] - batch["advantages"].mean()) / (batch["advantages"].std() + 1e-8)
 
