@@ -135,7 +135,7 @@ class Adam(nn.Module):
         self.m.lerp_(gradient, 1 - beta1)
         self.v.lerp_(gradient.square(), 1 - beta2)
         m_hat, v_hat = self.m / (1 - beta1**self.t), self.v / (1 - beta2**self.t)
-        self.theta -= learning_rate * m_hat / (v_hat.sqrt() + 1e-5)
+        self.theta.sub_(learning_rate * m_hat / (v_hat.sqrt() + 1e-5))  # -= would rebind theta to a view
 
 
 def mlp(*sizes: int) -> nn.Sequential:
@@ -151,7 +151,7 @@ class RMSprop(Adam):
     def step(self, gradient: Tensor, learning_rate: Tensor, alpha: float = 0.99) -> None:
         """Move theta down the gradient (P,)."""
         self.v.lerp_(gradient.square(), 1 - alpha)
-        self.theta -= learning_rate * gradient / (self.v + 1e-5).sqrt()
+        self.theta.sub_(learning_rate * gradient / (self.v + 1e-5).sqrt())
 
 
 class Agent(nn.Module):
@@ -348,10 +348,10 @@ class Run:
 
     def finish(self, eval_returns: list[float]) -> dict:
         """Write, print and return the result."""
-        mean, wall_time = float(np.mean(eval_returns)), self.state["wall_time"]
+        mean, returns, wall_time = float(np.mean(eval_returns)), self.state["returns"], self.state["wall_time"]
         result = {key: self.config[key] for key in ("algo", "env_id", "seed", "total_timesteps")}
         result |= dict(eval_returns=eval_returns, eval_mean=mean, sps=self.state["step"] / wall_time)
-        result |= dict(train_return=float(np.mean(self.state["returns"] or 0)), wall_time=wall_time)
+        result |= dict(train_return=float(np.mean(returns)) if returns else None, wall_time=wall_time)
         (self.dir / "result.json").write_text(json.dumps(result, indent=1))
         if self.wandb:
             self.wandb.finish()
@@ -395,7 +395,7 @@ def train(args: Args) -> dict:
     run = Run(args, agent=agent, optimizer=optimizer)
 
     first_iteration = run.state["step"] // batch_size
-    obs, _ = envs.reset(seed=10**6 * args.seed + first_iteration)  # runs share no seeds: environment i takes seed + i
+    obs, _ = envs.reset(seed=10**6 * args.seed + first_iteration * args.num_envs)  # no seed twice: i takes seed + i
     done, score, discounted = np.zeros(args.num_envs, bool), np.zeros(args.num_envs), np.zeros(args.num_envs)
     for iteration in range(first_iteration, num_iterations):
         remaining = 1 - iteration / num_iterations

@@ -113,7 +113,7 @@ class Adam(nn.Module):
         self.m.lerp_(gradient, 1 - beta1)
         self.v.lerp_(gradient.square(), 1 - beta2)
         m_hat, v_hat = self.m / (1 - beta1**self.t), self.v / (1 - beta2**self.t)
-        self.theta -= learning_rate * m_hat / (v_hat.sqrt() + 1e-5)
+        self.theta.sub_(learning_rate * m_hat / (v_hat.sqrt() + 1e-5))  # -= would rebind theta to a view
 
 
 class Network(nn.Module):
@@ -391,10 +391,10 @@ class Run:
 
     def finish(self, eval_returns: list[float]) -> dict:
         """Write, print and return the result."""
-        mean, wall_time = float(np.mean(eval_returns)), self.state["wall_time"]
+        mean, returns, wall_time = float(np.mean(eval_returns)), self.state["returns"], self.state["wall_time"]
         result = {key: self.config[key] for key in ("algo", "env_id", "seed", "total_timesteps")}
         result |= dict(eval_returns=eval_returns, eval_mean=mean, sps=self.state["step"] / wall_time)
-        result |= dict(train_return=float(np.mean(self.state["returns"] or 0)), wall_time=wall_time)
+        result |= dict(train_return=float(np.mean(returns)) if returns else None, wall_time=wall_time)
         (self.dir / "result.json").write_text(json.dumps(result, indent=1))
         if self.wandb:
             self.wandb.finish()
@@ -444,7 +444,7 @@ def train(args: Args) -> dict:
     first_step = run.state["step"]
     learning_starts = args.learning_starts + (0 if len(buffer) else first_step)  # an empty buffer is filled first
     log_every = max(args.log_every // N, 1) * N
-    obs, _ = envs.reset(seed=10**6 * args.seed + first_step // log_every)  # runs share no seeds: i takes seed + i
+    obs, _ = envs.reset(seed=10**6 * args.seed + first_step // log_every * N)  # no seed twice: i takes seed + i
     buffer.add(obs, 0, 0, False, valid=False)
     done, score, finished, history = np.zeros(N, bool), np.zeros(N), [], []
     metrics = dict(td_loss=0.0, q_value=0.0, policy_loss=0.0)  # until learning starts

@@ -57,7 +57,8 @@ def result(line: dict, runs: list[dict]) -> dict:
         cells[6] += Markup("<br><small>{}</small>").format(prose(reference["source"].split(" ")[0], r"\1"))
     seeds = []
     for run in runs:
-        scores = [f"{run['eval_mean']:.1f}", len(run["eval_returns"]), f"{run['train_return']:.1f}"]
+        last = "" if run["train_return"] is None else f"{run['train_return']:.1f}"
+        scores = [f"{run['eval_mean']:.1f}", len(run["eval_returns"]), last]
         costs = [f"{run['sps']:,.0f}", f"{run['wall_time']:,.0f}"]
         seeds.append(dict(cells=[run["seed"], *scores, *costs, run.get("date", ""), (run["git_commit"] or "")[:8]]))
     about = "; ".join(filter(None, [reference["source"], reference["note"]]))

@@ -4,7 +4,7 @@ import envs
 import numpy as np
 import pytest
 import torch
-from conftest import make_args
+from conftest import make_args, spy
 from test_ppo_clip import BOTH, gradients, make_agent, make_batch, parameters, per_row, reference
 
 from algos import a2c, ppo_clip
@@ -50,6 +50,16 @@ def test_gradient_of_the_loss(space):
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
     wrong = gradients(agent, a2c.a2c_loss(agent, batch | dict(advantages=-batch["advantages"]), args)[0])
     assert (wrong - expected).abs().max() > 0.01
+
+
+@pytest.mark.parametrize(("name", "kind"), [("rmsprop", a2c.RMSprop), ("adam", a2c.Adam)])
+def test_the_optimizer_asked_for(tmp_path, monkeypatch, name, kind):
+    """--optimizer without effect."""
+    steps = []
+    for each in (a2c.RMSprop, a2c.Adam):
+        spy(monkeypatch, each, "step", before=lambda optimizer, *_: steps.append(type(optimizer)))
+    trained(a2c, tmp_path, monkeypatch, optimizer=name)
+    assert steps == [kind] * 6
 
 
 def test_rmsprop_of_the_paper():

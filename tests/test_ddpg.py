@@ -415,6 +415,19 @@ def test_squash_sees(monkeypatch, source, old, new):
     sees(monkeypatch, check_squash, old, new, source=source)
 
 
+def test_start_and_bounds():
+    """A first temperature other than 1, or deviations that leave [exp(-20), exp(2)]."""
+    agent = sac.Agent(VECTOR, BOX, sac.Args())
+    assert agent.actor.log_alpha == 0
+    with torch.no_grad():
+        agent.actor.head[-1].weight.zero_()
+        for log_std, expected in ((50.0, 2.0), (1.9, 1.9), (-19.0, -19.0), (-50.0, -20.0)):
+            agent.actor.head[-1].bias.copy_(torch.tensor([60.0, -60.0, log_std, log_std]))
+            mean, found = agent(torch.randn(1, 5))
+            assert mean.tolist() == [[60, -60]]
+            assert found.tolist() == [pytest.approx([expected] * 2)]
+
+
 def check_temperature(module):
     """alpha falls while the policy is more random than the target entropy -dim(A), and rises while it is less."""
     for log_std, rises in ((0.0, False), (-2.1, False), (-3.0, True), (-6.0, True)):  # entropy about log_std + 1.42
@@ -502,6 +515,18 @@ def test_greedy_takes_no_random_numbers(module):
     out = agent(obs)[0].tanh() if hasattr(module, "squash") else agent(obs)
     assert agent.act(obs.numpy(), greedy=True).tolist() == out.tolist()
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@each_module
+def test_layers(module):
+    """A size other than asked for, a layer too many or too few, two with nothing between them, or late actions."""
+    agent, _, _, _ = make_agent(module, hidden_size=12)
+    critics, batch = agent.critic if hasattr(module, "Critics") else [agent.critic], make_batch(9)
+    for network in (agent.actor, *critics):
+        inputs = [batch["obs"]] if network is agent.actor else [batch["obs"], batch["actions"]]
+        first, second, last = (layer for layer in network.modules() if isinstance(layer, torch.nn.Linear))
+        assert first.out_features == second.out_features == 12
+        torch.testing.assert_close(network(*inputs), last(second(first(torch.cat(inputs, -1)).relu()).relu()))
 
 
 @each_module
@@ -934,22 +959,3 @@ def test_impossible_values(module, tmp_path, name, value):
     if hasattr(module.Args, name):
         with pytest.raises(ValueError, match=f"{name} .*{value}"):
             make_args(module, tmp_path, **(dict(num_envs=3, total_timesteps=300, learning_starts=30) | {name: value}))
-
-
-@each_module
-@pytest.mark.parametrize(("total", "frequency", "compiled"), [(20_000, 1, 0), (20_001, 1, 1), (40_001, 2, 0)])
-def test_long_runs_are_compiled(module, monkeypatch, tmp_path, total, frequency, compiled):
-    """Compiling a run that is too short to gain by it, or not compiling a long one."""
-    asked = []
-
-    class StopError(Exception):
-        pass
-
-    def stop(*_):
-        raise StopError
-
-    monkeypatch.setattr(torch, "compile", lambda function: asked.append(function))
-    spy(monkeypatch, module, "Run", before=stop)
-    with pytest.raises(StopError):
-        learn(module, tmp_path, "TaggedBox", compile=None, total_timesteps=total, train_frequency=frequency)
-    assert bool(asked) == compiled

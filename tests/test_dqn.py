@@ -375,6 +375,19 @@ def test_greedy_takes_no_random_numbers(module):
 
 
 @each_module
+def test_layers(module):
+    """A size other than asked for, a layer too many or too few, or two with nothing between them."""
+    agent, _, _ = make_agent(module, hidden_size=12)
+    layers, obs = [layer for layer in agent.modules() if isinstance(layer, torch.nn.Linear)], torch.randn(9, 5)
+    assert [layer.out_features for layer in layers] == ([12, 12, 1, 12, 3] if module is dueling_dqn else [12, 12, 3])
+    x = layers[0](obs).relu()
+    outputs = [last(hidden(x).relu()) for hidden, last in zip(layers[1::2], layers[2::2])]
+    advantages = outputs[-1] - outputs[-1].mean(-1, keepdim=True)
+    expected = outputs[0] + advantages if module is dueling_dqn else outputs[0]
+    torch.testing.assert_close(agent(obs), expected)
+
+
+@each_module
 def test_images_are_scaled_once(module):
     """Pixels divided by 255 twice or never, channels of boolean images taken for rows, numbers not made one-hot."""
     frames, grid = Box(0, 255, (2, 36, 36), np.uint8), Box(0, 1, (10, 10, 3), np.bool_)

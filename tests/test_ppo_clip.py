@@ -130,41 +130,6 @@ def test_log_probs_and_entropy(space):
     torch.testing.assert_close(policy.entropy().double(), entropy, atol=1e-5, rtol=1e-5)
 
 
-def test_discrete_actions_follow_the_policy():
-    """Acting from another distribution than the one that learning assumes: each frequency within 5 deviations."""
-    agent, _ = make_agent(Discrete(4))
-    obs, rows = torch.randn(3, 5), 20_000
-    probs = agent(obs)[0].probs.detach().numpy()
-    assert probs.std() > 0.1
-    for row, expected in zip(obs, probs, strict=True):
-        actions = agent.act(row.expand(rows, 5).numpy())
-        counts = np.bincount(actions, minlength=4)
-        assert (abs(counts - rows * expected) < 5 * np.sqrt(rows * expected * (1 - expected)) + 1).all()
-
-
-def test_box_actions_follow_the_policy():
-    """Mean or deviation other than learning assumes, or one noise for all dimensions or all environments."""
-    agent, _ = make_agent(BOX)
-    obs, rows = torch.randn(1, 5), 20_000
-    actions = agent.act(obs.expand(rows, 5).numpy())
-    mean, std = agent.actor(obs)[0].detach().numpy(), np.exp([-0.5, 0.3])
-    assert (abs(actions.mean(0) - mean) < 5 * std / np.sqrt(rows)).all()
-    assert actions.std(0) == pytest.approx(std, rel=0.03)
-    assert abs(np.corrcoef(actions.T)[0, 1]) < 0.04
-    assert (abs((actions - mean) / std) < 1).mean() == pytest.approx(0.6827, abs=0.015)
-
-
-@BOTH
-def test_greedy_is_the_mode(space):
-    """An evaluation that still samples."""
-    agent, _ = make_agent(space)
-    obs = torch.randn(50, 5)
-    out = agent.actor(obs).detach()
-    actions = agent.act(obs.numpy(), greedy=True)
-    assert actions == pytest.approx((out.argmax(-1) if agent.discrete else out).numpy(), abs=1e-6)
-    assert not np.array_equal(actions, agent.act(obs.numpy()))
-
-
 def test_actions_are_scaled_by_dimension():
     """Scalar bounds, symmetric bounds, a bias added twice, and infinite bounds that turn actions into nan."""
     space = Box(np.float32([-1, -3, -np.inf, 0]), np.float32([2, 0.5, np.inf, np.inf]))
@@ -174,18 +139,6 @@ def test_actions_are_scaled_by_dimension():
     assert to_env(outside) == pytest.approx(np.array([[-1, 0.5, 1e3, 0]]))
     assert to_env(inside).dtype == np.float32
     assert action_map(Discrete(3, start=-1))(np.array([0, 2])).tolist() == [-1, 1]
-
-
-def test_images_are_scaled_once():
-    """Pixels divided by 255 twice or never, channels of boolean images taken for rows, numbers not made one-hot."""
-    frames, grid = Box(0, 255, (2, 36, 36), np.uint8), Box(0, 1, (10, 10, 3), np.bool_)
-    for space, prepare in ((frames, lambda x: x.float() / 255), (grid, lambda x: x.permute(0, 3, 1, 2).float())):
-        agent, _ = make_agent(Discrete(4), space)
-        obs = torch.from_numpy(np.stack([space.sample() for _ in range(3)]))
-        torch.testing.assert_close(agent(obs)[1], agent.critic(agent.trunk(prepare(obs)))[:, 0])
-        assert agent(obs)[1].std() > 0
-    agent, _ = make_agent(Discrete(4), Discrete(3, start=5))
-    torch.testing.assert_close(agent(torch.tensor([5, 7]))[1], agent.critic(torch.eye(3)[[0, 2]])[:, 0])
 
 
 # The loss
@@ -333,20 +286,6 @@ def test_first_ratio_is_1(monkeypatch, tmp_path, name, norm_obs):
         assert steps[0]["metrics"]["approx_kl"].item() == pytest.approx(0, abs=1e-6)
         assert steps[0]["metrics"]["clip_fraction"].item() == 0
         assert (steps[-1]["ratio"] - 1).abs().max() > 1e-3
-
-
-def test_minibatches_partition_the_valid_rows(monkeypatch, tmp_path):
-    """Rows sampled with replacement, left over or used twice, reset steps among them, one order for all epochs."""
-    for rows, steps in watch(monkeypatch, tmp_path):
-        assert len(steps) == 3 * 4
-        orders = []
-        for epoch in range(3):
-            minibatches = [step["batch"]["obs"] for step in steps[4 * epoch : 4 * epoch + 4]]
-            orders.append([tuple(obs) for obs in torch.cat(minibatches).tolist()])
-            assert sorted(orders[-1]) == sorted(rows)
-            sizes = [len(obs) for obs in minibatches]
-            assert max(sizes) - min(sizes) <= 1
-        assert orders[0] != orders[1] != orders[2] != sorted(rows)
 
 
 def test_advantages_are_normalised_over_the_valid_rows(monkeypatch, tmp_path):

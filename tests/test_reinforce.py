@@ -388,6 +388,36 @@ def test_actor_critic_learns_from_the_transitions_and_the_actions_taken(monkeypa
     assert sum(rate == pytest.approx(1e-2) for rate in rates) == len(rates) - sizes[0] > 0
 
 
+@BOTH
+@pytest.mark.parametrize(("clip_reward", "norm_reward"), [(True, False), (False, True), (True, True)])
+def test_rewards_are_clipped_and_divided(module, monkeypatch, tmp_path, clip_reward, norm_reward):
+    """A flag without effect, statistics of reset steps or across an end, a mean taken off, a log of clipped returns."""
+    agents = []
+    spy(monkeypatch, module, "evaluate", before=lambda agent, *_: agents.append(agent))
+    given = dict(horizon=5, clip_reward=clip_reward, norm_reward=norm_reward)
+    seen = watch(module, monkeypatch, tmp_path, **given)
+    rewards = {k: np.clip(row["reward"], -1, 1) if clip_reward else row["reward"] for k, row in seen.log.items()}
+    sums, finished = {}, 0
+    for line, (batch, values) in zip(seen.lines, seen.iterations, strict=True):
+        keys, G = [key(obs) for obs in batch["obs"]], {}
+        for i, step, episode in sorted(keys):
+            sums[i, step, episode] = rewards[i, step, episode] + 0.9 * sums.get((i, step - 1, episode), 0)
+        scale = 1 / np.sqrt(np.var(list(sums.values())) + 1e-8) if norm_reward else 1
+        for i, step, episode in sorted(keys, reverse=True):
+            row = seen.log[i, step, episode]
+            rest = values[key(row["next_obs"])]
+            rest = G.get((i, step + 1, episode), rest) if module is reinforce else rest
+            G[i, step, episode] = scale * rewards[i, step, episode] + 0.9 * (0 if row["terminated"] else rest)
+        assert batch["returns"] == pytest.approx(np.array([G[k] for k in keys]), abs=1e-3)
+        ended = [k for k in keys if seen.log[k]["terminated"] or seen.log[k]["truncated"]]
+        returns = [seen.trained[i].returns[episode] for i, _, episode in ended]
+        assert line["episodes"] == len(returns)
+        assert line["episodic_return"] == (pytest.approx(np.mean(returns)) if returns else None)
+        finished += len(returns)
+    assert finished > 30
+    assert agents[0].return_norm.count == (len(sums) if norm_reward else 0)
+
+
 @pytest.mark.parametrize("baseline", ["none", "mean"])
 def test_no_baseline_no_critic(monkeypatch, tmp_path, baseline):
     """A critic that learns, and shapes what it shares with the policy, where none was asked for."""

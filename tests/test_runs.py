@@ -1,5 +1,6 @@
 """Runs from the command line to the last file: contract, determinism, interruption, resuming, every environment."""
 
+import functools
 import hashlib
 import json
 import math
@@ -10,13 +11,15 @@ import signal
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from pathlib import Path
 
+import envs
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import MODULES, SCRIPTS
+from conftest import MODULES, SCRIPTS, make_args, spy
 from gymnasium.spaces import Box, Discrete
 from launch import Process, flags, tiny
 
@@ -27,6 +30,10 @@ ENVIRONMENTS = ["CartPole-v1", "Pendulum-v1", "LunarLander-v3", "HalfCheetah-v5"
 
 each_pair = pytest.mark.parametrize(("script", "module"), list(zip(SCRIPTS, MODULES)), ids=[s.stem for s in SCRIPTS])
 each_module = pytest.mark.parametrize("module", MODULES, ids=[s.stem for s in SCRIPTS])
+each_compiled = pytest.mark.parametrize("module", [module for module in MODULES if hasattr(module.Args, "compile")],
+    ids=lambda module: module.__name__.split(".")[-1])  # fmt: skip
+each_off_policy = pytest.mark.parametrize("module", [module for module in MODULES if hasattr(module, "ReplayBuffer")],
+    ids=lambda module: module.__name__.split(".")[-1])  # fmt: skip
 
 
 def simple_env(module) -> str:
@@ -36,7 +43,7 @@ def simple_env(module) -> str:
 
 def arguments(module, folder: Path, **settings):
     """Args of a tiny run in `folder`."""
-    settings = tiny(module, total_timesteps=256, run_dir=str(folder), **settings)
+    settings = tiny(module, **dict(total_timesteps=256, run_dir=str(folder)) | settings)
     return module.parse_args(flags(dict(env_id=simple_env(module)) | settings))
 
 
@@ -209,6 +216,14 @@ def test_train_return_is_the_mean_of_the_last_100_episodes(alone):
     assert result["train_return"] == pytest.approx(total / episodes)
 
 
+@each_module
+def test_no_train_return_without_an_episode(module, tmp_path):
+    """0, which would be the best score of all where rewards are costs."""
+    env_id = "Pendulum-v1" if simple_env(module) == "Pendulum-v1" else "MountainCar-v0"
+    settings = dict(env_id=env_id, total_timesteps=64, horizon=16, eval_episodes=1)
+    assert module.train(arguments(module, tmp_path / "run", **settings))["train_return"] is None
+
+
 def test_checkpoint_file(alone):
     """Plain data (weights_only), with the step; one float tensor per parameter at least."""
     _, _, run_dir, _ = alone
@@ -334,6 +349,136 @@ def test_the_evaluation_is_deterministic(module, tmp_path):
     assert len(set(returns)) == 8
     change_random_state(folder)
     assert resume(module, folder)["eval_returns"] == returns
+
+
+@each_module
+def test_environments_share_no_seed(module, tmp_path, monkeypatch):
+    """Start states that two runs share, training and evaluation, or a run and its continuation."""
+    seeds, make_envs = [], module.make_envs
+
+    def watched(*inputs):
+        made = make_envs(*inputs)
+        reset = made.reset
+
+        def watched_reset(seed=None, **options):
+            if seed is not None:
+                seeds.append(range(seed, seed + made.num_envs))  # environment i takes seed + i
+            return reset(seed=seed, **options)
+
+        made.reset = watched_reset
+        return made
+
+    monkeypatch.setattr(module, "make_envs", watched)
+    for name, seed in dict(one=1, two=2).items():
+        module.train(arguments(module, tmp_path / name, seed=seed, num_envs=3, num_steps=24, total_timesteps=144))
+    resume(module, tmp_path / "one", "--total-timesteps", "288")
+    *others, again = seeds  # training and evaluation of three runs
+    assert len(others) == 5
+    assert again == others[1]
+    assert len(set().union(*others)) == sum(map(len, others))
+
+
+class Ready(BaseException):
+    """What ends a run before its first step."""
+
+
+@pytest.fixture
+def prepare(tmp_path, monkeypatch):
+    """A function that runs train() with some settings up to its first step and returns the parts of the run."""
+
+    def up_to_the_run(module, **settings):
+        parts = {}
+
+        def stop(args, **made):
+            parts.update(made)
+            raise Ready
+
+        monkeypatch.setattr(module, "Run", stop)
+        with pytest.raises(Ready):
+            module.train(arguments(module, tmp_path, **settings))
+        return parts
+
+    return up_to_the_run
+
+
+@each_module
+def test_weights_follow_the_seed(module, prepare):
+    """The same initial weights whatever --seed says, or others at each run."""
+    one, again, two = (prepare(module, seed=seed)["agent"].state_dict() for seed in (1, 1, 2))
+    assert equal(one, again)
+    assert not equal(one, two)
+
+
+@each_module
+def test_all_parts_are_saved(module, prepare):
+    """A target network or an optimizer that a resumed run begins anew."""
+    parts = prepare(module)
+    expected = {"agent", "optimizers" if module.__name__.split(".")[-1] in ("ddpg", "td3", "sac") else "optimizer"}
+    assert parts.keys() == expected | ({"target", "buffer"} if hasattr(module, "ReplayBuffer") else set())
+
+
+@each_module
+def test_threads(module, prepare, monkeypatch):
+    """--torch-threads without effect, or 0 that is not one per core."""
+    asked = []
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    prepare(module, torch_threads=3)
+    prepare(module, torch_threads=0)
+    assert asked == [3, os.cpu_count()]
+
+
+@each_off_policy
+def test_sizes_of_buffer_and_batch(module, tmp_path, prepare, monkeypatch):
+    """A buffer as large for each environment as for all of them, or batches of another size than asked for."""
+    assert prepare(module, num_envs=3, buffer_size=600)["buffer"].size == 3 * (200 + 1)
+    monkeypatch.undo()
+    sizes = []
+    spy(monkeypatch, module.ReplayBuffer, "sample", after=lambda batch, *_: sizes.append(len(batch["rewards"])))
+    module.train(arguments(module, tmp_path / "run", batch_size=11))
+    assert set(sizes) == {11}
+
+
+@pytest.mark.parametrize(("compiled", "steps"), [(True, 10), (False, 30_000), (None, 20_000), (None, 20_001)])
+@each_compiled
+def test_long_runs_are_compiled(module, prepare, monkeypatch, compiled, steps):
+    """--compile without effect, a run compiled that is too short to gain by it, or a long one that is not."""
+    asked = []
+    monkeypatch.setattr(torch, "compile", lambda function, **_: asked.append(function))
+    given = dict(num_envs=1, num_steps=5, num_minibatches=1, update_epochs=1, train_frequency=5, learning_starts=5)
+    prepare(module, compile=str(compiled), total_timesteps=5 * steps, **given)
+    assert bool(asked) == (steps > 20_000 if compiled is None else compiled)
+
+
+@each_compiled
+def test_a_compiled_step_can_be_compiled_again(module, tmp_path, monkeypatch):
+    """As for a batch of 1 row, or of as many as an observation has numbers: torch 2.13 fails if theta became a view."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    monkeypatch.setattr(envs.Tagged, "instances", [])
+    env_id = "test/TaggedBox-v0" if hasattr(module.Args, "tau") else "test/Tagged-v0"
+    given = dict(num_envs=1, num_steps=4, num_minibatches=2, update_epochs=1, total_timesteps=48, learning_starts=20)
+    module.train(make_args(module, tmp_path, env_id=env_id, compile=True, **given))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > (not hasattr(module, "ReplayBuffer"))
+
+
+@each_module
+def test_log_shows_the_mean_of_all_gradient_steps(module, tmp_path, monkeypatch):
+    """Metrics of the last minibatch alone, or of other steps than those since the last line."""
+    outputs = [defaultdict(list)]
+
+    def remember(metrics, *_):
+        for name, metric in metrics.items():
+            outputs[-1][name].append(metric.item())
+
+    for function in {"update", "critic_step", "update_policy"} & set(vars(module)):
+        spy(monkeypatch, module, function, after=remember)
+    spy(monkeypatch, module.Run, "log", after=lambda *_: outputs.append(defaultdict(list)))
+    module.train(arguments(module, tmp_path / "run"))
+    for line, output in zip(metrics(tmp_path / "run"), outputs):
+        for name, values in output.items():
+            assert line[name] == pytest.approx(sum(values) / len(values), rel=1e-4, abs=1e-6)
+    assert any(output for output in outputs)
 
 
 # Resuming
@@ -474,6 +619,44 @@ def test_the_checkpoint_holds_all_that_learns(module, tmp_path, monkeypatch):
         state = leaves(part.state_dict())
         assert state
         assert [name for name, leaf in state.items() if leaf.contiguous().numpy().tobytes() not in saved] == []
+
+
+@each_off_policy
+def test_schedules_go_on_in_a_resumed_run(module, tmp_path, monkeypatch):
+    """A step size or an epsilon that begins anew: the run is cut after 128 of 256 steps and fills its buffer again."""
+    rates = []
+
+    def cut(_, run, step, *rest):
+        if step == 128:
+            rates.append(None)
+            raise Ready
+
+    spy(monkeypatch, module, "update", before=lambda *inputs: rates.append(inputs[4].item()))
+    spy(monkeypatch, module.Run, "log", after=cut)
+    given = dict(
+        start_e=1.0, end_e=0.0, exploration_fraction=1.0, anneal_lr=True, learning_rate=0.01, train_frequency=1
+    )
+    with pytest.raises(Ready):
+        module.train(arguments(module, tmp_path / "run", checkpoint_every=64, **given))
+    resume(module, tmp_path / "run")
+    before, after = rates[: rates.index(None)], rates[rates.index(None) + 1 :]
+    assert before == pytest.approx([0.01 * (1 - t / 256) for t in range(32, 128, 2) for _ in range(2)])
+    assert after == pytest.approx([0.01 * (1 - t / 256) for t in range(160, 256, 2) for _ in range(2)])
+    lines = metrics(tmp_path / "run")
+    assert [line["global_step"] for line in lines] == [64, 128, 192, 256]
+    if hasattr(module.Args, "end_e"):
+        assert [line["epsilon"] for line in lines] == pytest.approx([1 - (t - 2) / 256 for t in (64, 128, 192, 256)])
+
+
+@each_module
+def test_when_checkpoints_are_written(module, tmp_path, monkeypatch):
+    """At every iteration, or only if one ends exactly at a multiple of --checkpoint-every, or not at the end."""
+    saved = []
+    spy(monkeypatch, module.Run, "save", after=lambda _, run: saved.append(run.state["step"]))
+    module.train(arguments(module, tmp_path / "run", checkpoint_every=100, log_every=48))
+    taken = steps(tmp_path / "run")
+    assert saved == [b for a, b in zip([0, *taken], taken) if a // 100 < b // 100] + taken[-1:]
+    assert len(saved) == 3
 
 
 @each_module
