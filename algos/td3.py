@@ -12,7 +12,7 @@ not taken for value, and a policy that waits for them.
 
     python algos/td3.py --env-id Pendulum-v1
 
-Expect at least -160 there after 20,000 steps. Not in the paper: uniform actions at first are counted in single steps,
+Expect -144 there after 20,000 steps. Not in the paper: uniform actions at first are counted in single steps,
 and actions in [-1, 1], where all noise is added, are scaled to the bounds of the environment. Several environments side
 by side learn exactly as often as one would.
 """
