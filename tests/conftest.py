@@ -16,9 +16,11 @@ def pytest_configure(config):
 
 
 @pytest.fixture(autouse=True)
-def _one_thread_and_one_seed():
+def _as_in_a_new_process():
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    yield
+    torch.set_float32_matmul_precision("highest")  # after the test, for fixtures of a module come before this one
 
 
 def on_policy(test):

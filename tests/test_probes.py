@@ -118,7 +118,7 @@ def test_image(module, monkeypatch, tmp_path):
 @on_policy
 def test_grid(module, monkeypatch, tmp_path):
     """Boolean images (H, W, C) whose channels are taken for rows."""
-    given = dict(total_timesteps=6144, num_minibatches=4, learning_rate=5e-3)
+    given = dict(total_timesteps=9216, num_minibatches=4, learning_rate=5e-3, policy_step=0.05)
     _, mean = learn(module, monkeypatch, tmp_path, "Grid", **given)
     assert mean > 0.85  # by chance -1/3
 
