@@ -207,6 +207,7 @@ def test_interruption_ends_the_children(tmp_path, number, code):
     told = "(run_dir / 'pid').write_text(str(__import__('os').getpid()))"
     (tmp_path / "fake.py").write_text(FAKE.replace("time.sleep", f"{told}; time.sleep"))
     program = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "  # as in a foreground
+    program += "signal.signal(signal.SIGHUP, signal.SIG_DFL); "
     program += "from benchmark.__main__ import main, SUITES; "
     program += "SUITES['toy'] = [('fake', 'Slow-v0', 1, '1-2', '')]; "
     words = ["run", "--suite", "toy", "--workers", "2", "--out", str(tmp_path), "--algos", str(tmp_path)]
