@@ -70,8 +70,8 @@ def table(lines: list[dict]) -> str:
 
 def aligned(cells: list[list[str]]) -> str:
     """A Markdown table of a head and rows, in columns of equal width."""
-    widths = [max(map(len, column)) for column in zip(*cells)]
-    rules = ["-" * max(width, 3) for width in widths]
+    widths = [max(3, *map(len, column)) for column in zip(*cells)]  # of the rule under the head at least 3
+    rules = ["-" * width for width in widths]
     return "\n".join("| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in [cells[0], rules, *cells[1:]])
 
 
