@@ -447,7 +447,7 @@ def train(args: Args) -> dict:
     """Train, evaluate, and return what result.json holds; raises ValueError with one sentence on bad input."""
     torch.manual_seed(args.seed)
     torch.set_num_threads(args.torch_threads or os.cpu_count() or 1)
-    torch.set_float32_matmul_precision("medium")  # on a CPU oneDNN for MKL: 1.8 times as fast, bf16 only where AMX is
+    torch.set_float32_matmul_precision("medium")  # faster products by oneDNN on a CPU; bf16 only where AMX is
     envs, N = make_envs(args.env_id, args.num_envs), args.num_envs
     obs_space, action_space = envs.single_observation_space, envs.single_action_space
     if not isinstance(action_space, Box):
