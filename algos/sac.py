@@ -66,7 +66,7 @@ class Args:
     capture_video: bool = False  # film an episode of the final evaluation
     eval_episodes: int = 100  # episodes of the final evaluation
     log_every: int = 1000  # environment steps between lines of the log
-    checkpoint_every: int = 100_000  # environment steps between checkpoints
+    checkpoint_every: int = 10_000  # environment steps between checkpoints
     resume: str = ""  # run directory to continue; a finished run is only evaluated again
 
     def __post_init__(self) -> None:
