@@ -91,8 +91,8 @@ class Args:
 # Defaults by environment, beside those of Args: the first entry with a word that the id contains counts.
 FAMILIES = {
     "Pendulum-v": dict(num_steps=1024, update_epochs=10, num_minibatches=64, gamma=0.9, eval_episodes=100),
-    "Acrobot MountainCar": dict(total_timesteps=300_000, num_envs=16, num_steps=16, gae_lambda=0.94, norm_obs=True,
-        eval_episodes=100),
+    "Acrobot MountainCar": dict(total_timesteps=300_000, num_envs=16, update_epochs=10, num_minibatches=16,
+        gae_lambda=0.94, norm_obs=True, eval_episodes=100),
     "LunarLander BipedalWalker": dict(total_timesteps=1_000_000, learning_rate=3e-4, anneal_lr=False, num_envs=16,
         num_steps=1024, num_minibatches=256, gamma=0.999, gae_lambda=0.98, ent_coef=0.01, norm_reward=False),
     "HalfCheetah Hopper Walker2d Ant Humanoid Swimmer Reacher Pusher Inverted": dict(total_timesteps=1_000_000,

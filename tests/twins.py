@@ -82,6 +82,9 @@ def main(argv: list[str]) -> int:
         print("\n".join(found) or "no drift")
         return int(bool(found))
     edited = Path(argv[0])
+    if not edited.is_file():
+        print(f"there is no script {edited}")
+        return 2
     for path in sorted(ALGOS.glob("*.py")):
         text, names = repair(edited.read_text(encoding="utf-8"), path.read_text(encoding="utf-8"))
         if names:
