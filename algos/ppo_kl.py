@@ -12,7 +12,7 @@ one batch serve several epochs.
 
     python algos/ppo_kl.py --env-id CartPole-v1
 
-Expect 500 there and -83 on Acrobot-v1. Not in the paper: beta stays within [1e-4, 1e4]; normalised rewards and
+Expect 500 there and -78 on Acrobot-v1. Not in the paper: beta stays within [1e-4, 1e4]; normalised rewards and
 advantages and, on MuJoCo, observations; orthogonal initialisation; clipped gradients; a smaller initial deviation on
 MuJoCo; actions in [-1, 1] are scaled to the bounds of the environment.
 """
