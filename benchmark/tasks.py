@@ -41,6 +41,7 @@ TASKS = [  # those with replay are long enough for our scripts to compile the gr
         PPO | CLIP | MUJOCO | dict(update_epochs=10, num_minibatches=32), {}),
     Task("ppo_kl", "CartPole-v1", 1_000_000, "sb3.PPO", PPO_CARTPOLE, CLIP),
     Task("trpo_penalty", "CartPole-v1", 1_000_000, "sb3.PPO", PPO_CARTPOLE, CLIP),
+    Task("reinforce", "CartPole-v1", 1_000_000, "sb3.A2C", A2C | dict(num_envs=8), GAE | dict(num_steps=5)),
     Task("a2c", "CartPole-v1", 1_000_000, "sb3.A2C", A2C | GAE | dict(num_envs=8, num_steps=5), {}),
     Task("a2c", "HalfCheetah-v5", 300_000, "sb3.A2C", A2C | GAE | MUJOCO | dict(num_envs=4, num_steps=8), {}),
     Task("actor_critic", "CartPole-v1", 1_000_000, "sb3.A2C", A2C | dict(num_envs=8, num_steps=5), GAE),

@@ -283,6 +283,7 @@ WANTED = {  # script and environment: what the agents of the peers shall show
     | dict(n_envs=1, n_steps=2048, n_epochs=10, batch_size=64, norms=(True, True, 0.99)),
     ("ppo_kl", "CartPole-v1"): PPO | dict(n_envs=4, n_steps=128, n_epochs=4, batch_size=128, norms=None),
     ("trpo_penalty", "CartPole-v1"): PPO | dict(n_envs=4, n_steps=128, n_epochs=4, batch_size=128, norms=None),
+    ("reinforce", "CartPole-v1"): GRADIENT | dict(learning_rate=7e-4, n_envs=8, n_steps=5, gae_lambda=0.95, norms=None),
     ("a2c", "CartPole-v1"): GRADIENT | dict(learning_rate=7e-4, n_envs=8, n_steps=5, gae_lambda=0.95, norms=None),
     ("a2c", "HalfCheetah-v5"): GRADIENT
     | dict(learning_rate=7e-4, n_envs=4, n_steps=8, gae_lambda=0.95, norms=(True, True, 0.99)),
