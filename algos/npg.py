@@ -11,9 +11,9 @@ a2c.py: one step per batch, as long as the policy changes and not as theta does;
 
     python algos/npg.py --env-id CartPole-v1
 
-Expect 500 there (interquartile mean of 10 seeds). Not in the papers: step sizes that fall to 0; F + damping I;
-normalised rewards and, on MuJoCo, observations; orthogonal initialisation; a smaller initial deviation on MuJoCo;
-actions in [-1, 1] are scaled to the bounds of the environment.
+Expect 500 there (interquartile mean of 10 seeds) and 5,500 on HalfCheetah-v5 after 1M steps (5 seeds). Not in the
+papers: step sizes that fall to 0; F + damping I; normalised rewards and, on MuJoCo, observations; orthogonal
+initialisation; a smaller initial deviation on MuJoCo; actions in [-1, 1] are scaled to the bounds of the environment.
 """
 
 import argparse
