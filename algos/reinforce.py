@@ -119,7 +119,7 @@ class RunningNorm(nn.Module):
 
 
 class Adam(nn.Module):
-    """Adam (Kingma & Ba 2015) on theta, the vector of all parameters: one tensor to update, one graph to compile."""
+    """Adam (Kingma & Ba 2015, eps 1e-5 for 1e-8) on theta, the vector of all parameters: one tensor, one graph."""
 
     def __init__(self, module: nn.Module) -> None:
         """The parameters of module become views of theta."""
