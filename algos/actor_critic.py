@@ -380,11 +380,11 @@ def train(args: Args) -> dict:
     )
     batch_size = args.num_envs * args.num_steps
     num_iterations = args.total_timesteps // batch_size
-    long = num_iterations > 20_000
-    compiled = (long and agent.device.type == "cpu" and not agent.is_image) if args.compile is None else args.compile
+    long, cpu = num_iterations > 20_000, agent.device.type == "cpu"
+    compiled = (long and cpu and not agent.is_image) if args.compile is None else args.compile
     if compiled:
         torch._dynamo.config.trace_autograd_ops = True  # lets the compiler see torch.autograd.grad
-    gradient_step = torch.compile(update, dynamic=True) if compiled else update
+    gradient_step = torch.compile(update, dynamic=True, options=dict(cpp_wrapper=cpu)) if compiled else update
     run = Run(args, agent=agent, optimizer=optimizer)
 
     first_iteration = run.state["step"] // batch_size

@@ -434,11 +434,11 @@ def train(args: Args) -> dict:
     optimizers = nn.ModuleDict(dict(actor=Adam(agent.actor), critic=Adam(agent.critic)))
     to_env, D = action_map(action_space), gym.spaces.flatdim(action_space)
     buffer = ReplayBuffer(obs_space, action_space, N, args.buffer_size // N, args.save_buffer)
-    long = args.total_timesteps // args.train_frequency > 20_000
-    compiled = (long and agent.device.type == "cpu" and not agent.is_image) if args.compile is None else args.compile
+    long, cpu = args.total_timesteps // args.train_frequency > 20_000, agent.device.type == "cpu"
+    compiled = (long and cpu and not agent.is_image) if args.compile is None else args.compile
     if compiled:
         torch._dynamo.config.trace_autograd_ops = True  # lets the compiler see torch.autograd.grad
-    gradient_step = torch.compile(update) if compiled else update
+    gradient_step = torch.compile(update, options=dict(cpp_wrapper=cpu)) if compiled else update
     run = Run(args, agent=agent, target=target, optimizers=optimizers, buffer=buffer)
 
     first_step = run.state["step"]

@@ -447,11 +447,11 @@ def train(args: Args) -> dict:
     optimizer, to_env = Adam(agent.critic), action_map(envs.single_action_space)
     batch_size = args.num_envs * args.num_steps
     num_iterations = args.total_timesteps // batch_size
-    long = num_iterations * args.update_epochs * args.num_minibatches > 20_000
-    compiled = (long and agent.device.type == "cpu" and not agent.is_image) if args.compile is None else args.compile
+    long, cpu = num_iterations * args.update_epochs * args.num_minibatches > 20_000, agent.device.type == "cpu"
+    compiled = (long and cpu and not agent.is_image) if args.compile is None else args.compile
     if compiled:
         torch._dynamo.config.trace_autograd_ops = True  # lets the compiler see torch.autograd.grad
-    gradient_step = torch.compile(critic_step, dynamic=True) if compiled else critic_step
+    gradient_step = torch.compile(critic_step, dynamic=True, options=dict(cpp_wrapper=cpu)) if compiled else critic_step
     run = Run(args, agent=agent, optimizer=optimizer)
 
     first_iteration = run.state["step"] // batch_size
