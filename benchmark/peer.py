@@ -29,6 +29,8 @@ def settings(kind: str, options: dict) -> dict:
     found["policy_kwargs"] = dict(net_arch=[options["hidden_size"]] * 2)
     if "num_minibatches" in options:
         found["batch_size"] = options["num_envs"] * options["num_steps"] // options["num_minibatches"]
+    if "train_frequency" in options:
+        found["train_freq"] //= options["num_envs"]  # they count steps of all environments at once
     if kind == "sb3.A2C":
         found["normalize_advantage"] = True
     if kind == "sbx.DDPG":

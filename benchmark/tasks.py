@@ -28,11 +28,12 @@ TRPO = PLAIN | dict(learning_rate=1e-3, gae_lambda=0.95, update_epochs=10, cg_it
 PPO_CARTPOLE = PPO | dict(num_envs=4, num_steps=128, update_epochs=4, num_minibatches=4)
 TRPO_CARTPOLE = TRPO | dict(num_envs=4, num_steps=256, num_minibatches=8)
 CLIP, GAE, KL = dict(clip_coef=0.2), dict(gae_lambda=0.95), dict(target_kl=0.01)
-REPLAY = dict(num_envs=1, gamma=0.99, learning_starts=1000)
-DQN = REPLAY | dict(learning_rate=1e-3, hidden_size=64, buffer_size=100_000, batch_size=64, train_frequency=4,
-    target_network_frequency=250, start_e=1.0, end_e=0.05, exploration_fraction=0.2, max_grad_norm=10.0)  # fmt: skip
-SAC = REPLAY | dict(learning_rate=3e-4, hidden_size=256, buffer_size=1_000_000, batch_size=256, train_frequency=1,
-    tau=0.005)  # fmt: skip
+REPLAY = dict(gamma=0.99, learning_starts=1000)
+DQN = REPLAY | dict(num_envs=4, learning_rate=1e-3, hidden_size=64, buffer_size=100_000, batch_size=64,
+    train_frequency=4, target_network_frequency=250, start_e=1.0, end_e=0.05, exploration_fraction=0.2,
+    max_grad_norm=10.0)  # fmt: skip
+SAC = REPLAY | dict(num_envs=1, learning_rate=3e-4, hidden_size=256, buffer_size=1_000_000, batch_size=256,
+    train_frequency=1, tau=0.005)  # fmt: skip
 DDPG = SAC | dict(exploration_noise=0.1)
 TD3 = DDPG | dict(policy_noise=0.2, noise_clip=0.5, policy_frequency=2)
 TASKS = [  # those with replay are long enough for our scripts to compile the gradient step as in real runs
@@ -48,7 +49,7 @@ TASKS = [  # those with replay are long enough for our scripts to compile the gr
     Task("trpo", "CartPole-v1", 300_000, "sb3.TRPO", TRPO_CARTPOLE | KL, {}),
     Task("trpo", "HalfCheetah-v5", 300_000, "sb3.TRPO", TRPO | KL | MUJOCO | dict(num_minibatches=16), {}),
     Task("npg", "CartPole-v1", 300_000, "sb3.TRPO", TRPO_CARTPOLE, KL),
-    Task("dqn", "CartPole-v1", 100_000, "sb3.DQN", DQN, {}),
+    Task("dqn", "CartPole-v1", 500_000, "sb3.DQN", DQN, {}),
     Task("ddpg", "HalfCheetah-v5", 25_000, "sb3.DDPG sbx.DDPG", DDPG, {}),
     Task("td3", "HalfCheetah-v5", 25_000, "sb3.TD3 sbx.TD3", TD3, {}),
     Task("sac", "HalfCheetah-v5", 25_000, "sb3.SAC sbx.SAC", SAC, {}),

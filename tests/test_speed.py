@@ -293,7 +293,7 @@ WANTED = {  # script and environment: what the agents of the peers shall show
     ("trpo", "HalfCheetah-v5"): TRPO | dict(n_envs=1, n_steps=2048, batch_size=128, norms=(True, True, 0.99)),
     ("npg", "CartPole-v1"): TRPO | dict(n_envs=4, n_steps=256, batch_size=128, norms=None),
     ("dqn", "CartPole-v1"): REPLAY
-    | dict(learning_rate=1e-3, batch_size=64, buffer_size=100_000, tau=1.0, train_freq=4, width=64, max_grad_norm=10.0)
+    | dict(n_envs=4, learning_rate=1e-3, batch_size=64, buffer_size=100_000, tau=1.0, width=64, max_grad_norm=10.0)
     | dict(target_update_interval=250, exploration_initial_eps=1.0, exploration_final_eps=0.05)
     | dict(exploration_fraction=0.2),
     ("ddpg", "HalfCheetah-v5"): REPLAY | dict(noise=0.1, policy_delay=1, critics=1),
