@@ -420,6 +420,22 @@ def evaluate(agent: Agent, args: Args, folder: Path) -> list[float]:
     return returns.tolist()
 
 
+def compile_step(step: Callable, num_calls: int, agent: Agent, args: Args, dynamic: bool | None = None) -> Callable:
+    """The step, compiled if args.compile or, where that is None, if so many calls gain by it."""
+    cpu = agent.device.type == "cpu"
+    gains = num_calls > 20_000 and cpu and not agent.is_image
+    if not (gains if args.compile is None else args.compile):
+        return step
+    torch._dynamo.config.trace_autograd_ops = True  # lets the compiler see torch.autograd.grad
+    options = dict(cpp_wrapper=cpu)  # the kernels are called from C++
+    try:
+        torch.compile(torch.neg, options=options)(torch.zeros(1, device=agent.device))
+    except RuntimeError:  # for instance, there is no C++ compiler
+        print("PyTorch cannot compile on this machine: training goes on, but slower", flush=True)
+        return step
+    return torch.compile(step, dynamic=dynamic, options=options)
+
+
 def train(args: Args) -> dict:
     """Train, evaluate, and return what result.json holds; raises ValueError with one sentence on bad input."""
     torch.manual_seed(args.seed)
@@ -434,11 +450,7 @@ def train(args: Args) -> dict:
     optimizers = nn.ModuleDict(dict(actor=Adam(agent.actor), critic=Adam(agent.critic)))
     to_env, D = action_map(action_space), gym.spaces.flatdim(action_space)
     buffer = ReplayBuffer(obs_space, action_space, N, args.buffer_size // N, args.save_buffer)
-    long, cpu = args.total_timesteps // args.train_frequency > 20_000, agent.device.type == "cpu"
-    compiled = (long and cpu and not agent.is_image) if args.compile is None else args.compile
-    if compiled:
-        torch._dynamo.config.trace_autograd_ops = True  # lets the compiler see torch.autograd.grad
-    gradient_step = torch.compile(update, options=dict(cpp_wrapper=cpu)) if compiled else update
+    gradient_step = compile_step(update, args.total_timesteps // args.train_frequency, agent, args)
     run = Run(args, agent=agent, target=target, optimizers=optimizers, buffer=buffer)
 
     first_step = run.state["step"]

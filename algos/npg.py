@@ -438,6 +438,22 @@ def evaluate(agent: Agent, args: Args, folder: Path) -> list[float]:
     return returns.tolist()
 
 
+def compile_step(step: Callable, num_calls: int, agent: Agent, args: Args, dynamic: bool | None = None) -> Callable:
+    """The step, compiled if args.compile or, where that is None, if so many calls gain by it."""
+    cpu = agent.device.type == "cpu"
+    gains = num_calls > 20_000 and cpu and not agent.is_image
+    if not (gains if args.compile is None else args.compile):
+        return step
+    torch._dynamo.config.trace_autograd_ops = True  # lets the compiler see torch.autograd.grad
+    options = dict(cpp_wrapper=cpu)  # the kernels are called from C++
+    try:
+        torch.compile(torch.neg, options=options)(torch.zeros(1, device=agent.device))
+    except RuntimeError:  # for instance, there is no C++ compiler
+        print("PyTorch cannot compile on this machine: training goes on, but slower", flush=True)
+        return step
+    return torch.compile(step, dynamic=dynamic, options=options)
+
+
 def train(args: Args) -> dict:
     """Train NPG, evaluate it, and return what result.json holds; raises ValueError with one sentence on bad input."""
     torch.manual_seed(args.seed)
@@ -447,11 +463,8 @@ def train(args: Args) -> dict:
     optimizer, to_env = Adam(agent.critic), action_map(envs.single_action_space)
     batch_size = args.num_envs * args.num_steps
     num_iterations = args.total_timesteps // batch_size
-    long, cpu = num_iterations * args.update_epochs * args.num_minibatches > 20_000, agent.device.type == "cpu"
-    compiled = (long and cpu and not agent.is_image) if args.compile is None else args.compile
-    if compiled:
-        torch._dynamo.config.trace_autograd_ops = True  # lets the compiler see torch.autograd.grad
-    gradient_step = torch.compile(critic_step, dynamic=True, options=dict(cpp_wrapper=cpu)) if compiled else critic_step
+    num_calls = num_iterations * args.update_epochs * args.num_minibatches
+    gradient_step = compile_step(critic_step, num_calls, agent, args, dynamic=True)
     run = Run(args, agent=agent, optimizer=optimizer)
 
     first_iteration = run.state["step"] // batch_size

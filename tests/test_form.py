@@ -14,7 +14,7 @@ import twins
 from conftest import SCRIPTS
 
 ROOT = Path(__file__).parents[1]
-MAX_LINES = 540  # the aim is 350, which no script with every environment, resuming and tracking has met
+MAX_LINES = 553  # the aim is 350, which no script with every environment, resuming and tracking has met
 MAX_DOCSTRING = 15
 ALLOWED = {"gymnasium", "numpy", "torch", "tyro", "tqdm"}  # beside the standard library
 OPTIONAL = {
