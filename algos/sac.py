@@ -95,7 +95,7 @@ FAMILIES = {
 
 
 class Adam(nn.Module):
-    """Adam (Kingma & Ba 2015, eps 1e-5 for 1e-8) on theta, the vector of all parameters: one tensor, one graph."""
+    """Adam (Kingma & Ba 2015, eps 1e-8 there) on theta, the vector of all parameters: one tensor, one graph."""
 
     def __init__(self, module: nn.Module) -> None:
         """The parameters of module become views of theta."""
@@ -107,13 +107,13 @@ class Adam(nn.Module):
         self.register_buffer("t", torch.zeros((), device=self.theta.device))
 
     @torch.no_grad()
-    def step(self, gradient: Tensor, learning_rate: Tensor, beta1: float = 0.9, beta2: float = 0.999) -> None:
+    def step(self, gradient: Tensor, lr: Tensor, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-5) -> None:
         """Move theta down the gradient (P,)."""
         self.t += 1
         self.m.lerp_(gradient, 1 - beta1)
         self.v.lerp_(gradient.square(), 1 - beta2)
         m_hat, v_hat = self.m / (1 - beta1**self.t), self.v / (1 - beta2**self.t)
-        self.theta.sub_(learning_rate * m_hat / (v_hat.sqrt() + 1e-5))  # -= would rebind theta to a view
+        self.theta.sub_(lr * m_hat / (v_hat.sqrt() + eps))  # -= would rebind theta to a view
 
 
 class Dot(nn.Linear):
@@ -256,9 +256,9 @@ def update(
 ) -> dict[str, Tensor]:
     """A step of the critics, one of the actor up the new critics, and targets that follow; returns the metrics."""
     loss, metrics = sac_critic_loss(agent, batch, target, args)
-    optimizers["critic"].step(gradient(loss, agent.critic), learning_rate)
+    optimizers["critic"].step(gradient(loss, agent.critic), learning_rate, eps=1e-8)
     loss, more = sac_actor_loss(agent, batch)
-    optimizers["actor"].step(gradient(loss, agent.actor), learning_rate)
+    optimizers["actor"].step(gradient(loss, agent.actor), learning_rate, eps=1e-8)
     follow(target, optimizers, args.tau)
     return metrics | more
 

@@ -299,7 +299,9 @@ def check_update(module, monkeypatch):
     assert critic_step[1] == actor_step[1] == torch.tensor(0.01)
     assert [name for name in start if not torch.equal(middle[name], start[name])] == ["critic"]
     assert torch.equal(end["critic"], middle["critic"])
-    assert not torch.equal(end["actor"], start["actor"])
+    for name, (g, *_), one, two in (("critic", critic_step, start, middle), ("actor", actor_step, middle, end)):
+        moved = two[name] - one[name]  # by the first step of Adam
+        torch.testing.assert_close(moved, -0.01 * g / (g.abs() + 1e-8), atol=1e-6, rtol=1e-4)
     for name in target:
         torch.testing.assert_close(end[f"{name}'"], 0.3 * end[name] + 0.7 * start[f"{name}'"])
     assert {"td_loss", "q_value", "policy_loss"} <= metrics.keys()
@@ -318,6 +320,8 @@ def test_update(module, monkeypatch):
     (ddpg, "network.theta.lerp_(optimizers[name].theta, tau)", "network.theta.copy_(optimizers[name].theta)"),
     (ddpg, "in target.items():\n        network", "in list(target.items())[:1]:\n        network"),
     (ddpg, "        nn.utils.vector_to_parameters(self.theta, self.network.parameters())", "        pass"),
+    (ddpg, "gradient(loss, agent.critic), learning_rate, eps=1e-8)", "gradient(loss, agent.critic), learning_rate)"),
+    (sac, "gradient(loss, agent.actor), learning_rate, eps=1e-8)", "gradient(loss, agent.actor), learning_rate)"),
     (td3, "    follow(target, optimizers, args.tau)", "    pass"),
     (sac, "    follow(target, optimizers, args.tau)", "    pass"),
 )  # fmt: skip

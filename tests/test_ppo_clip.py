@@ -209,11 +209,12 @@ def parameters(agent):
     return torch.nn.utils.parameters_to_vector(agent.parameters()).detach().clone()
 
 
-def test_adam_equals_that_of_torch():
+@pytest.mark.parametrize("epsilon", [dict(), dict(eps=1e-8)])
+def test_adam_equals_that_of_torch(epsilon):
     """A bias left uncorrected, moments mixed up, epsilon inside the root, parameters that stay behind theta."""
     ours, theirs = (torch.nn.Linear(3, 2) for _ in range(2))
     theirs.load_state_dict(ours.state_dict())
-    adam, reference = Adam(ours), torch.optim.Adam(theirs.parameters(), eps=1e-5)
+    adam, reference = Adam(ours), torch.optim.Adam(theirs.parameters(), **(dict(eps=1e-5) | epsilon))
     for step in range(300):
         rate = 0.01 * (1 - step / 300)
         reference.param_groups[0]["lr"] = rate
@@ -221,7 +222,7 @@ def test_adam_equals_that_of_torch():
         for parameter, part in zip(theirs.parameters(), (gradient[:6].view(2, 3), gradient[6:])):
             parameter.grad = part
         reference.step()
-        adam.step(gradient, torch.tensor(rate))
+        adam.step(gradient, torch.tensor(rate), **epsilon)
     torch.testing.assert_close(parameters(ours), parameters(theirs), atol=1e-6, rtol=1e-4)
     assert set(adam.state_dict()) == {"theta", "m", "v", "t"}
 
