@@ -521,6 +521,12 @@ def test_greedy_takes_no_random_numbers(module):
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_dot_is_a_linear_layer():
+    """A bias left out or added to each product, or an output without its dimension."""
+    dot, x = ddpg.Dot(16, 1), torch.randn(7, 16)
+    torch.testing.assert_close(dot(x), torch.nn.functional.linear(x, dot.weight, dot.bias))
+
+
 @each_module
 def test_layers(module):
     """A size other than asked for, a layer too many or too few, two with nothing between them, or late actions."""

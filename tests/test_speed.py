@@ -266,7 +266,9 @@ def test_tasks_are_flags_of_the_script(task):
 def test_peers_take_every_option(task):
     for kind in task.peers.split():
         options = task.at(0) | task.extra | dict(seed=1)
-        peer.settings(kind, options)
+        given = peer.settings(kind, options)
+        if "train_freq" in given:  # counted in steps of all environments at once
+            assert given["train_freq"] * options["num_envs"] == options["train_frequency"]
         with pytest.raises(ValueError, match="no counterpart of n_layers, nonsense"):
             peer.settings(kind, options | dict(nonsense=1, n_layers=2))
 
