@@ -110,7 +110,8 @@ def test_bounds_of_each_dimension_and_side(module, monkeypatch, tmp_path):
 @on_policy
 def test_image(module, monkeypatch, tmp_path):
     """Frames (C, H, W) in uint8 scaled twice or not at all, or with axes mixed up."""
-    agent, mean = learn(module, monkeypatch, tmp_path, "Image", total_timesteps=1536, learning_rate=1e-3)
+    given = dict(total_timesteps=1536, learning_rate=1e-3, policy_step=0.05)
+    agent, mean = learn(module, monkeypatch, tmp_path, "Image", **given)
     assert mean == 1
     assert value(agent, agent.obs_space.sample() * 0) != near([0], 1e-4)
 
