@@ -104,18 +104,18 @@ class Adam(nn.Module):
         super().__init__()
         self.register_buffer("theta", nn.utils.parameters_to_vector(module.parameters()).detach())
         nn.utils.vector_to_parameters(self.theta, module.parameters())
-        for name, shape in dict(t=(), c1=(), c2=(), m=self.theta.shape, v=self.theta.shape).items():
+        for name, shape in dict(t=(), weight1=(), weight2=(), m=self.theta.shape, v=self.theta.shape).items():
             self.register_buffer(name, self.theta.new_zeros(shape))
 
     @torch.no_grad()
     def step(self, gradient: Tensor, lr: Tensor, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-5) -> None:
         """Move theta down the gradient (P,)."""
         self.t += 1
-        self.c1 += (1 - beta1) * (1 - self.c1)  # 1 - beta1^t: compiled code would take the power for each parameter
-        self.c2 += (1 - beta2) * (1 - self.c2)
+        self.weight1 += (1 - beta1) * (1 - self.weight1)  # 1 - beta1^t; compiled, a power would be taken per parameter
+        self.weight2 += (1 - beta2) * (1 - self.weight2)
         self.m.lerp_(gradient, 1 - beta1)
         self.v.lerp_(gradient.square(), 1 - beta2)
-        m_hat, v_hat = self.m / self.c1, self.v / self.c2
+        m_hat, v_hat = self.m / self.weight1, self.v / self.weight2
         self.theta.sub_(lr * m_hat / (v_hat.sqrt() + eps))  # -= would rebind theta to a view
 
 
