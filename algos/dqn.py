@@ -291,7 +291,7 @@ class Run:
     """The directory of a run with its files, the progress bar and, with --track, the page on wandb."""
 
     def __init__(self, args: Args, **parts: nn.Module) -> None:
-        """Start afresh or, with args.resume, restore `parts` and the random state from the checkpoint."""
+        """Start afresh or, with args.resume, restore `parts` from the checkpoint."""
         self.args, self.parts, algo = args, parts, Path(__file__).stem
         name = f"{args.env_id.replace('/', '-')}__{algo}__{args.seed}__{time.time():.0f}"
         self.dir = Path(args.resume or args.run_dir or f"runs/{name}")
@@ -301,7 +301,7 @@ class Run:
             if not args.resume or any(saved[key] != self.state[key] for key in ("algo", "env_id")):
                 raise ValueError(f"{self.dir} holds {saved['algo']} on {saved['env_id']}, which --resume continues")
             self.state = {key: saved[key] for key in self.state}
-            torch.set_rng_state(saved["rng"])
+            torch.manual_seed(10**6 * args.seed + saved["step"])  # other numbers than at the start, on every device
             try:
                 for key, part in parts.items():
                     part.load_state_dict(saved[key])
@@ -350,7 +350,7 @@ class Run:
         """Write the checkpoint, atomically: a kill leaves the old one or the new one."""
         self.state["log_size"] = self.log_file.tell()
         parts = {key: part.state_dict() for key, part in self.parts.items()}
-        torch.save(self.state | parts | dict(rng=torch.get_rng_state()), self.dir / "checkpoint.tmp")
+        torch.save(self.state | parts, self.dir / "checkpoint.tmp")
         os.replace(self.dir / "checkpoint.tmp", self.dir / "checkpoint.pt")
 
     def finish(self, eval_returns: list[float]) -> dict:

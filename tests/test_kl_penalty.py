@@ -334,7 +334,7 @@ def test_weight_survives_death(module, tmp_path, monkeypatch):
     path = tmp_path / "run" / "checkpoint.pt"
     saved = torch.load(path)
     assert saved["step"] == N * T * 8
-    assert set(saved) == {"algo", "env_id", "step", "wall_time", "returns", "log_size", "rng", "agent", "optimizer"}
+    assert set(saved) == {"algo", "env_id", "step", "wall_time", "returns", "log_size", "agent", "optimizer"}
 
     def resume(weight):
         saved["agent"][WEIGHT[module]] = weight
