@@ -26,7 +26,7 @@ def prose(text: str, label: str = r"\g<0>") -> Markup:
 def blocks(markdown: str) -> list[tuple[str, list[list[str]]]]:
     """The paragraphs of a text, each as it is and, if it is a table, as rows of cells, head first."""
     found = []
-    for block in markdown.strip().split("\n\n"):
+    for block in filter(None, markdown.strip().split("\n\n")):
         rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in block.splitlines()]
         found.append((block, rows[:1] + rows[2:] if block.startswith("|") else []))
     return found
@@ -42,7 +42,7 @@ def traces(algo: str, runs: list[dict]) -> list[dict]:
     steps, returns = report.mean_curve(curves)
     common = dict(mode="lines", name=name, legendgroup=name)
     thin = dict(x=x, y=y, opacity=0.35, hoverinfo="skip", showlegend=False)
-    shown = f"<b>{name}</b>, mean of {len(curves)} seeds<br>%{{x:,}} steps<br>return %{{y:,.1f}}<extra></extra>"
+    shown = f"<b>{name}</b>, mean of {len(curves)}<br>%{{x:,}} steps<br>return %{{y:,.1f}}<extra></extra>"
     thick = dict(x=steps.round().tolist(), y=returns.round(2).tolist(), hovertemplate=shown)
     return [common | given | dict(line=dict(color=colour, dash=dash, width=width))
             for given, width in ((thin, 0.7), (thick, 2.5))]  # fmt: skip
@@ -70,12 +70,12 @@ def html(baselines: Path, references: dict[report.Row, dict[str, str]]) -> str:
     kept, planned = report.read_baselines(baselines, *report.TABULATED), report.suite_rows(*report.SUITES)
     results, charts = [], defaultdict(list)
     for row, runs in kept.items():
-        results.append(result(report.summarise(row, runs, len(planned[row]), references), runs))
+        if len(runs) > 1:
+            results.append(result(report.summarise(row, runs, len(planned[row]), references), runs))
         charts[row[1]] += traces(row[0], runs)
     every = [run for runs in kept.values() for run in runs]
     facts = {name: {run["versions"][name] for run in every if name in run["versions"]} for name in report.PACKAGES}
     facts["commits"] = {run["git_commit"][:8] for run in every if run["git_commit"]}
-    readme = blocks(report.markdown(baselines, references))[1:]  # without the table of results
     loader = jinja2.FileSystemLoader(report.FOLDER)
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["prose"] = prose
@@ -85,7 +85,7 @@ def html(baselines: Path, references: dict[report.Row, dict[str, str]]) -> str:
         results=results,
         seeds_head=SEEDS,
         charts={env_id: lines for env_id, lines in charts.items() if lines},
-        comparisons=[(text, rows) for text, rows in readme if not text.startswith("- ")],
+        comparisons=blocks(report.comparisons(baselines)),
         dates=sorted(run["date"] for run in every if "date" in run),
         facts="; ".join(f"{name} {', '.join(sorted(found))}" for name, found in facts.items() if found),
         plotly=get_plotlyjs(),

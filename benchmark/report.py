@@ -3,6 +3,7 @@
 import csv
 import importlib
 import json
+import textwrap
 from collections import defaultdict
 from datetime import datetime, timezone
 from pathlib import Path
@@ -54,12 +55,16 @@ def summarise(row: Row, runs: list[dict], planned: int, references: dict[Row, di
     return dict(row=row, iqm=iqm, low=low, high=high, n=len(runs), sps=sps, reference=reference, verdict=verdict)
 
 
+def published(reference: dict[str, str]) -> str:
+    """The best published score and how it was obtained, or nothing."""
+    return "{best_published} ({protocol})".format(**reference) if reference["best_published"] else ""
+
+
 def table_row(line: dict) -> list[str]:
     """A line from `summarise` as text under HEAD."""
     reference, interval = line["reference"], "{iqm:.1f} [{low:.1f}, {high:.1f}]".format(**line)
-    published = "{best_published} ({protocol})".format(**reference) if reference["best_published"] else ""
     algo, env_id, steps = line["row"]
-    numbers = [interval, str(line["n"]), reference["bar"], published, f"{line['sps']:,.0f}"]
+    numbers = [interval, str(line["n"]), reference["bar"], published(reference), f"{line['sps']:,.0f}"]
     return [algo, env_id, f"{steps:,}", *numbers, line["verdict"]]
 
 
@@ -189,23 +194,32 @@ def comparison(baselines: Path) -> str:
     return text + "| " + " | ".join(["random policy", *cells, "0", "0"]) + " |\n"
 
 
+def comparisons(baselines: Path) -> str:
+    """What was measured beside the scores, as Markdown: the experiment of the PPO paper and speed."""
+    text = ""
+    if compared := comparison(baselines):
+        text += "The experiment of the PPO paper (section 6.1) with these scripts: mean return of the last 100 "
+        text += "training episodes after 1M steps (number of runs), and the average score normalised to 0 for the "
+        text += f"random policy and 1 for the best run on each environment.\n\n{compared}\n"
+    if (baselines / "speed.json").exists():
+        text += "Speed: " + summary(json.loads((baselines / "speed.json").read_text()))
+    return text
+
+
 def markdown(baselines: Path, references: dict[Row, dict[str, str]]) -> str:
     """What stands in the README between the marks."""
     kept, planned = read_baselines(baselines, *TABULATED), suite_rows(*SUITES)
-    text = table([summarise(row, runs, len(planned[row]), references) for row, runs in kept.items()]) + "\n\n"
+    several = {row: runs for row, runs in kept.items() if len(runs) > 1}  # one run has a curve, but is no result
+    text = table([summarise(row, runs, len(planned[row]), references) for row, runs in several.items()])
+    text += "\n\n<details><summary>Where the bars and the published scores come from</summary>\n\n"
     for row in kept:
         if reference := references.get(row):
-            origin = "; ".join(filter(None, [reference["source"], reference["note"]]))
+            origin = "; ".join(filter(None, [published(reference), reference["source"], reference["note"]]))
             text += f"- {row[0]}, {row[1]}, {row[2]:,} steps: {origin}\n"
-    if compared := comparison(baselines):
-        text += (
-            "\nThe experiment of the PPO paper (section 6.1) with these scripts: mean return of the last 100 training "
-        )
-        text += "episodes after 1M steps (number of runs), and the average score normalised to 0 for the random policy "
-        text += f"and 1 for the best run on each environment.\n\n{compared}"
-    if (baselines / "speed.json").exists():
-        text += "\nSpeed: " + summary(json.loads((baselines / "speed.json").read_text()))
-    return text
+    text += "\n</details>\n\n"
+    for env_id in dict.fromkeys(env_id for _, env_id, _ in kept):
+        text += f'<img src="benchmark/baselines/{curve_file(env_id)}" width="49%" alt="Learning curves on {env_id}">\n'
+    return f"{text}\n{comparisons(baselines)}"
 
 
 def insert(readme: str, text: str) -> str:
@@ -227,6 +241,11 @@ def mean_curve(curves: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Steps that all curves cover and the mean over curves there."""
     grid = np.linspace(max(x[0] for x, _ in curves), min(x[-1] for x, _ in curves), 100)
     return grid, np.mean([np.interp(grid, x, y) for x, y in curves], axis=0)
+
+
+def curve_file(env_id: str) -> str:
+    """Where the learning curves of an environment lie within the baselines."""
+    return f"curves/{env_id.replace('/', '-')}.svg"
 
 
 def draw_curves(baselines: Path) -> None:
@@ -251,10 +270,11 @@ def draw_curves(baselines: Path) -> None:
         colour, line = styles()[algo]
         for curve in curves:
             axes.plot(*curve, color=colour, linewidth=0.5, alpha=0.4, zorder=1)
-        label, line = f"{algo}, {len(curves)} seeds", dict(solid="-", dash="--", dot=":")[line]
+        label = textwrap.fill(f"{algo}, {len(curves)} seed{'s' * (len(curves) > 1)}", 30)
+        line = dict(solid="-", dash="--", dot=":")[line]
         axes.plot(*mean_curve(curves), line, color=colour, linewidth=2, label=label)
     (baselines / "curves").mkdir(parents=True, exist_ok=True)
     for env_id, figure in figures.items():
         figure.legend(loc="outside right upper", frameon=False)
-        figure.savefig(baselines / "curves" / f"{env_id.replace('/', '-')}.svg", metadata={"Date": None})
+        figure.savefig(baselines / curve_file(env_id), metadata={"Date": None})
         plt.close(figure)

@@ -164,6 +164,7 @@ def test_report_keeps_results_and_check_finds_a_stale_readme(bench, tmp_path, ca
     assert len(kept["seeds"][0]["curve"]) == 100
     assert kept["seeds"][0]["curve"][-1][0] == 499
     picture = tmp_path / "baselines" / "curves" / "Toy-Env-v0.svg"
+    assert f'src="benchmark/{picture.relative_to(tmp_path)}"' in readme
     before = picture.read_bytes(), path.read_bytes()
     assert bench("report") == 0
     assert before == (picture.read_bytes(), path.read_bytes())
@@ -187,6 +188,17 @@ def test_kept_seeds_stay_unless_hyperparameters_change(bench, tmp_path):
     assert [run["seed"] for run in json.loads(path.read_text())["seeds"]] == [3, 4]
     config.write_text(config.read_text().replace('"bonus": 1.0', '"bonus": 2.0'))
     assert bench("report") == 2
+
+
+def test_one_run_has_a_curve_but_is_no_result(bench, tmp_path):
+    bench("run", "--suite", "toy", "--env", "Toy/Env-v0", "--seeds", "2")
+    assert bench("report") == 0
+    readme = (tmp_path / "README.md").read_text()
+    assert "| fake " not in readme
+    assert "20.0" not in readme
+    assert "Toy-Env-v0.svg" in readme
+    assert "<!-- fake, 1 seed -->" in (tmp_path / "baselines" / "curves" / "Toy-Env-v0.svg").read_text()
+    assert 'class="opener"' not in (tmp_path / "page.html").read_text()
 
 
 def test_curves_weigh_episodes_and_leave_out_iterations_without(tmp_path):
