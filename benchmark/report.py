@@ -270,7 +270,7 @@ def draw_curves(baselines: Path) -> None:
         colour, line = styles()[algo]
         for curve in curves:
             axes.plot(*curve, color=colour, linewidth=0.5, alpha=0.4, zorder=1)
-        label = textwrap.fill(f"{algo}, {len(curves)} seed{'s' * (len(curves) > 1)}", 30)
+        label = textwrap.fill(f"{algo}, {len(curves)} seed{'s' * (len(curves) > 1)}", 30, break_on_hyphens=False)
         line = dict(solid="-", dash="--", dot=":")[line]
         axes.plot(*mean_curve(curves), line, color=colour, linewidth=2, label=label)
     (baselines / "curves").mkdir(parents=True, exist_ok=True)
