@@ -51,7 +51,9 @@ def traces(algo: str, runs: list[dict]) -> list[dict]:
 def result(line: dict, runs: list[dict]) -> dict:
     """A row of the table of results: its anchor, its cells, and what it unfolds to."""
     reference, name, cells = line["reference"], file_name(line["row"]), report.table_row(line)
-    cells[0] = Markup('<a class="opener" href="#{}">{}</a>').format(quote(name), cells[0])
+    algo, *flags = cells[0].split(" --")
+    cells[0] = Markup('<a class="opener" href="#{}">{}</a>').format(quote(name), algo)
+    cells[0] += Markup().join(Markup("<br><small>--{}</small>").format(flag) for flag in flags)
     cells[1] = Markup('<a href="#{}">{}</a>').format(quote(f"chart-{cells[1]}"), cells[1])
     if reference["source"]:
         cells[6] += Markup("<br><small>{}</small>").format(prose(reference["source"].split(" ")[0], r"\1"))
