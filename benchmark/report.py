@@ -62,9 +62,11 @@ def published(reference: dict[str, str]) -> str:
 
 def table_row(line: dict) -> list[str]:
     """A line from `summarise` as text under HEAD."""
-    reference, interval = line["reference"], "{iqm:.1f} [{low:.1f}, {high:.1f}]".format(**line)
+    reference, score = line["reference"], f"{line['iqm']:.1f}"
+    if line["n"] > 1:
+        score += " [{low:.1f}, {high:.1f}]".format(**line)
     algo, env_id, steps = line["row"]
-    numbers = [interval, str(line["n"]), reference["bar"], published(reference), f"{line['sps']:,.0f}"]
+    numbers = [score, str(line["n"]), reference["bar"], published(reference), f"{line['sps']:,.0f}"]
     return [algo, env_id, f"{steps:,}", *numbers, line["verdict"]]
 
 

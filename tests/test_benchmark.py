@@ -190,8 +190,9 @@ def test_kept_seeds_stay_unless_hyperparameters_change(bench, tmp_path):
     assert bench("report") == 2
 
 
-def test_one_run_has_a_curve_but_is_no_result(bench, tmp_path):
+def test_one_run_has_a_curve_but_is_no_result(bench, tmp_path, capsys):
     bench("run", "--suite", "toy", "--env", "Toy/Env-v0", "--seeds", "2")
+    assert " 20.0  " in capsys.readouterr().out, "no interval either"
     assert bench("report") == 0
     readme = (tmp_path / "README.md").read_text()
     assert "| fake " not in readme
