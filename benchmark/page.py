@@ -69,11 +69,8 @@ def result(line: dict, runs: list[dict]) -> dict:
 
 def html(baselines: Path, references: dict[report.Row, dict[str, str]]) -> str:
     """The page; equal results give equal pages."""
-    kept, planned = report.read_baselines(baselines, *report.TABULATED), report.suite_rows(*report.SUITES)
-    results, charts = [], defaultdict(list)
+    kept, charts = report.read_baselines(baselines, *report.TABULATED), defaultdict(list)
     for row, runs in kept.items():
-        if len(runs) > 1:
-            results.append(result(report.summarise(row, runs, len(planned[row]), references), runs))
         charts[row[1]] += traces(row[0], runs)
     every = [run for runs in kept.values() for run in runs]
     facts = {name: {run["versions"][name] for run in every if name in run["versions"]} for name in report.PACKAGES}
@@ -84,7 +81,7 @@ def html(baselines: Path, references: dict[report.Row, dict[str, str]]) -> str:
     environment.tests["number"] = re.compile(r"-?\d[\d.,]*( [\[(][^a-z]*[\])])?").fullmatch
     return environment.get_template("page.html").render(
         head=[*report.HEAD[:-1], "Verdict"],
-        results=results,
+        results=[result(line, kept[row]) for row, line in report.results(kept, references).items()],
         seeds_head=SEEDS,
         charts={env_id: lines for env_id, lines in charts.items() if lines},
         comparisons=blocks(report.comparisons(baselines)),

@@ -183,11 +183,11 @@ def comparison(baselines: Path) -> str:
     random = json.loads((baselines / "random.json").read_text())
     best = {env_id: max(max(kept[rows[name, env_id]]) for name in names) for env_id in envs}
     lines = []
-    for name, *_, published in PPO_PAPER:
+    for name, *_, in_paper in PPO_PAPER:
         runs = [kept[rows[name, env_id]] for env_id in envs]
         scores = [np.mean((np.array(x) - random[e]) / (best[e] - random[e])) for x, e in zip(runs, envs)]
         cells = [f"{np.mean(x):.0f} ({len(x)})" for x in runs]
-        lines.append((np.mean(scores), [name, *cells, f"{np.mean(scores):.2f}", published or ""]))
+        lines.append((np.mean(scores), [name, *cells, f"{np.mean(scores):.2f}", in_paper or ""]))
     head = ["Setting", *envs, "normalised", "PPO paper"]
     text = "| " + " | ".join(head) + " |\n|" + "---|" * len(head) + "\n"
     for _, cells in sorted(lines, key=lambda line: -line[0]):
@@ -208,11 +208,16 @@ def comparisons(baselines: Path) -> str:
     return text
 
 
+def results(kept: dict[Row, list[dict]], references: dict[Row, dict[str, str]]) -> dict[Row, dict]:
+    """Lines from `summarise` for the rows of several runs: one run has a curve, but is no result."""
+    planned = suite_rows(*SUITES)
+    return {row: summarise(row, runs, len(planned[row]), references) for row, runs in kept.items() if len(runs) > 1}
+
+
 def markdown(baselines: Path, references: dict[Row, dict[str, str]]) -> str:
     """What stands in the README between the marks."""
-    kept, planned = read_baselines(baselines, *TABULATED), suite_rows(*SUITES)
-    several = {row: runs for row, runs in kept.items() if len(runs) > 1}  # one run has a curve, but is no result
-    text = table([summarise(row, runs, len(planned[row]), references) for row, runs in several.items()])
+    kept = read_baselines(baselines, *TABULATED)
+    text = table(list(results(kept, references).values()))
     text += "\n\n<details><summary>Where the bars and the published scores come from</summary>\n\n"
     for row in kept:
         if reference := references.get(row):

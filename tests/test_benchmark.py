@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -200,6 +201,12 @@ def test_one_run_has_a_curve_but_is_no_result(bench, tmp_path, capsys):
     assert "Toy-Env-v0.svg" in readme
     assert "<!-- fake, 1 seed -->" in (tmp_path / "baselines" / "curves" / "Toy-Env-v0.svg").read_text()
     assert 'class="opener"' not in (tmp_path / "page.html").read_text()
+
+
+def test_the_pictures_of_the_readme_exist():
+    pictures = re.findall('<img src="([^"]+)"', (ROOT / "README.md").read_text())
+    assert len(pictures) >= 10
+    assert [name for name in pictures if not (ROOT / name).is_file()] == []
 
 
 def test_curves_weigh_episodes_and_leave_out_iterations_without(tmp_path):
