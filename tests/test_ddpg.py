@@ -621,14 +621,14 @@ def check_periods(module, monkeypatch, folder, N, k, f):
     """Gradient steps at each multiple of k beyond learning_starts; exactly one in f moves policy and targets, too."""
     critics, actors, targets, steps, total = [], [], [], [], 240
 
-    def remember(agent, target):
+    def remember(agent, target, optimizers):
         critics.append(parameters(agent.critic))
-        actors.append(parameters(agent.actor))
+        actors.append(optimizers["actor"].theta.clone())  # the parameters of the policy are views of it
         targets.append(parameters(target))
 
-    def before(agent, target, *_):
-        remember(agent, target)
-        last[:] = agent, target
+    def before(*parts):
+        last[:] = parts[:3]
+        remember(*last)
 
     last = []
     with monkeypatch.context() as patch:
@@ -715,6 +715,30 @@ def test_log_and_evaluation(module, tmp_path):
         assert np.stack([row["action"] for row in env.log]) == pytest.approx(expected, abs=1e-4)
 
 
+def check_policy_evaluated(module, monkeypatch, folder):
+    """The policy evaluated is mu', which is not mu; where there is no mu', it is the policy itself."""
+    evaluated = []
+    with monkeypatch.context() as patch:
+        spy(patch, module, "evaluate", lambda agent, *_: evaluated.append(parameters(agent.actor)))
+        learn(module, folder, "TaggedBox")
+    saved = torch.load(folder / "run" / "checkpoint.pt")
+    policy, average = saved["optimizers"]["actor.theta"], saved["target"].get("actor.theta")
+    assert torch.equal(evaluated[0], policy if average is None else average)
+    assert average is None or not torch.equal(policy, average)
+
+
+@each_module
+def test_policy_evaluated(module, monkeypatch, tmp_path):
+    """Scores of another policy than the docstring says."""
+    check_policy_evaluated(module, monkeypatch, tmp_path)
+
+
+@pytest.mark.parametrize("source", [ddpg, td3])
+def test_policy_evaluated_sees(monkeypatch, tmp_path, source):
+    line = 'agent.actor = target["actor"].network'
+    sees(monkeypatch, check_policy_evaluated, line, "pass", monkeypatch, tmp_path, source=source)
+
+
 @each_module
 @pytest.mark.parametrize("anneal_lr", [False, True])
 def test_step_size(module, monkeypatch, tmp_path, anneal_lr):
@@ -731,24 +755,22 @@ def test_step_size(module, monkeypatch, tmp_path, anneal_lr):
 def check_resume(module, monkeypatch, folder, save_buffer):
     """Train, resume: the count of steps for the delay, the buffer if it was saved, and all networks go on."""
     given = dict(save_buffer=save_buffer, buffer_size=99, policy_frequency=7, batch_size=8)
-    states, batches, choices, times, restored = [], [], [], [], {}
-    names = ("agent", "target", "optimizers")
+    saves, batches, choices, times, restored = [], [], [], [], {}
 
-    def restore(run, *_):
-        restored.update({name: copy.deepcopy(run.parts[name].state_dict()) for name in names})
+    def state(run):
+        return {name: copy.deepcopy(run.parts[name].state_dict()) for name in ("agent", "target", "optimizers")}
 
     with monkeypatch.context() as patch:
-        spy(patch, module, "update", lambda *inputs: states.append(inputs[:3]))
+        spy(patch, module.Run, "save", lambda run: saves.append(state(run)))
         learn(module, folder, "TaggedBox", total_timesteps=300, **given)
-        last = [copy.deepcopy(part.state_dict()) for part in states[-1]]
         saved = torch.load(folder / "run" / "checkpoint.pt")["buffer"]
         spy(patch, module, "update", lambda *inputs: batches.append(inputs[3]))
         if hasattr(module, "update_policy"):
             spy(patch, module, "update_policy", lambda *_: choices.append(len(batches)))
         spy(patch, module.ReplayBuffer, "add", lambda *_: times.append(len(batches)))
-        spy(patch, module, "Run", after=restore)
+        spy(patch, module, "Run", after=lambda run, *_: restored.update(state(run)))
         learn(module, folder, "TaggedBox", total_timesteps=600, resume=str(folder / "run"), **given)
-    for name, part in zip(names, last):
+    for name, part in saves[0].items():
         assert restored[name].keys() == part.keys()
         assert all(torch.equal(restored[name][field], part[field]) for field in part)
     assert restored["optimizers"]["critic.t"] == 270
