@@ -24,6 +24,7 @@ import os
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -424,7 +425,7 @@ def train(args: Args) -> dict:
     log_every = max(args.log_every // N, 1) * N
     obs, _ = envs.reset(seed=10**6 * args.seed + first_step // log_every * N)  # no seed twice: i takes seed + i
     buffer.add(obs, 0, 0, False, valid=False)
-    done, score, finished, history = np.zeros(N, bool), np.zeros(N), [], []
+    done, score, finished, sums, counts = np.zeros(N, bool), np.zeros(N), [], Counter(), Counter()
     metrics = dict(td_loss=0.0, q_value=0.0)  # until learning starts
     for step in range(first_step + N, args.total_timesteps + 1, N):
         progress = (step - N) / args.total_timesteps
@@ -440,15 +441,16 @@ def train(args: Args) -> dict:
         for t in range(step - N + 1, step + 1):  # each environment's step counts
             if t > learning_starts and t % args.train_frequency == 0:
                 batch = buffer.sample(args.batch_size, agent.device)
-                history.append(gradient_step(agent, target, optimizer, batch, learning_rate, args))
+                values = gradient_step(agent, target, optimizer, batch, learning_rate, args)
+                sums.update(values)  # a list of so many small tensors would fragment memory
+                counts.update(values.keys())
             if t % args.target_network_frequency == 0:
                 target.load_state_dict(agent.state_dict())
 
         if step % log_every == 0 or step + N > args.total_timesteps:
-            if history:
-                metrics = {name: torch.stack([m[name] for m in history]).mean().item() for name in history[0]}
+            metrics |= {name: (sums[name] / counts[name]).item() for name in sums}
             run.log(step, finished, metrics | dict(epsilon=agent.epsilon))
-            finished, history = [], []
+            finished, sums, counts = [], Counter(), Counter()
     run.save()
     run.bar.close()
     envs.close()

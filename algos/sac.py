@@ -26,6 +26,7 @@ import os
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -489,7 +490,7 @@ def train(args: Args) -> dict:
     log_every = max(args.log_every // N, 1) * N
     obs, _ = envs.reset(seed=10**6 * args.seed + first_step // log_every * N)  # no seed twice: i takes seed + i
     buffer.add(obs, 0, 0, False, valid=False)
-    done, score, finished, history = np.zeros(N, bool), np.zeros(N), [], []
+    done, score, finished, sums, counts = np.zeros(N, bool), np.zeros(N), [], Counter(), Counter()
     metrics = dict(td_loss=0.0, q_value=0.0, policy_loss=0.0, entropy=0.0, alpha=1.0)  # until learning starts
     for step in range(first_step + N, args.total_timesteps + 1, N):
         progress = (step - N) / args.total_timesteps
@@ -507,13 +508,14 @@ def train(args: Args) -> dict:
                 batch = buffer.sample(args.batch_size, agent.device)
                 for name in ("noise", "next_noise"):
                     batch[name] = torch.randn(args.batch_size, D).to(agent.device)
-                history.append(gradient_step(agent, target, optimizers, batch, learning_rate, args))
+                values = gradient_step(agent, target, optimizers, batch, learning_rate, args)
+                sums.update(values)  # a list of so many small tensors would fragment memory
+                counts.update(values.keys())
 
         if step % log_every == 0 or step + N > args.total_timesteps:
-            columns = {name: [m[name] for m in history if name in m] for name in metrics}
-            metrics |= {name: torch.stack(column).mean().item() for name, column in columns.items() if column}
+            metrics |= {name: (sums[name] / counts[name]).item() for name in sums}
             run.log(step, finished, metrics)
-            finished, history = [], []
+            finished, sums, counts = [], Counter(), Counter()
     run.save()
     run.bar.close()
     envs.close()

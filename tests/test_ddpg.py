@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import make_args, spy
 from gymnasium.spaces import Box, Discrete
-from test_dqn import LOSS, _own_instances, key, learn, near, parameters, planted, sees  # noqa: F401
+from test_dqn import LOSS, _own_instances, check_metrics, key, learn, near, parameters, planted, sees  # noqa: F401
 
 from algos import ddpg, sac, td3
 
@@ -666,7 +666,7 @@ DELAY = "updates % args.policy_frequency == 0"
     (td3, DELAY, "t % args.policy_frequency == 0"),
     (td3, DELAY, "step // N % args.policy_frequency == 0"),
     (td3, DELAY, "(updates - 1) % args.policy_frequency == 0"),
-    (td3, DELAY, "len(history) % args.policy_frequency == 0"),
+    (td3, DELAY, "counts.total() % args.policy_frequency == 0"),
     (td3, DELAY, "updates % 2 == 0"),
     (td3, "copy.deepcopy(network).requires_grad_(False)", "network"),
 )
@@ -713,6 +713,12 @@ def test_log_and_evaluation(module, tmp_path):
         obs = np.stack([row["obs"] for row in env.log])
         expected = scaled(agents[0].act(obs, greedy=True))
         assert np.stack([row["action"] for row in env.log]) == pytest.approx(expected, abs=1e-4)
+
+
+@each_module
+def test_metrics(module, monkeypatch, tmp_path):
+    """Of a policy that waits, too: values of other lines or of one gradient step; small tensors kept."""
+    check_metrics(module, monkeypatch, tmp_path, "TaggedBox")
 
 
 def check_policy_evaluated(module, monkeypatch, folder):
