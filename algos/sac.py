@@ -26,7 +26,6 @@ import os
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -490,8 +489,8 @@ def train(args: Args) -> dict:
     log_every = max(args.log_every // N, 1) * N
     obs, _ = envs.reset(seed=10**6 * args.seed + first_step // log_every * N)  # no seed twice: i takes seed + i
     buffer.add(obs, 0, 0, False, valid=False)
-    done, score, finished, sums, counts = np.zeros(N, bool), np.zeros(N), [], Counter(), Counter()
-    metrics = dict(td_loss=0.0, q_value=0.0, policy_loss=0.0, entropy=0.0, alpha=1.0)  # until learning starts
+    done, score, finished = np.zeros(N, bool), np.zeros(N), []
+    metrics = dict(td_loss=0.0, q_value=0.0, policy_loss=0.0, entropy=0.0, alpha=1.0)  # of the last gradient step
     for step in range(first_step + N, args.total_timesteps + 1, N):
         progress = (step - N) / args.total_timesteps
         learning_rate = torch.tensor(args.learning_rate * (1 - progress if args.anneal_lr else 1), device=agent.device)
@@ -508,14 +507,11 @@ def train(args: Args) -> dict:
                 batch = buffer.sample(args.batch_size, agent.device)
                 for name in ("noise", "next_noise"):
                     batch[name] = torch.randn(args.batch_size, D).to(agent.device)
-                values = gradient_step(agent, target, optimizers, batch, learning_rate, args)
-                sums.update(values)  # a list of so many small tensors would fragment memory
-                counts.update(values.keys())
+                metrics |= gradient_step(agent, target, optimizers, batch, learning_rate, args)
 
         if step % log_every == 0 or step + N > args.total_timesteps:
-            metrics |= {name: (sums[name] / counts[name]).item() for name in sums}
-            run.log(step, finished, metrics)
-            finished, sums, counts = [], Counter(), Counter()
+            run.log(step, finished, {name: float(value) for name, value in metrics.items()})
+            finished = []
     run.save()
     run.bar.close()
     envs.close()
