@@ -12,7 +12,7 @@ itself and paid for its entropy, so that no noise need be added and no targets s
 
     python algos/sac.py --env-id Pendulum-v1
 
-Expect -140 there after 20,000 steps. As in the authors' code, pi is a density on [-1, 1]; actions are scaled
+Expect -141 there after 20,000 steps. As in the authors' code, pi is a density on [-1, 1]; actions are scaled
 to the bounds of the environment after that. Not in the paper: uniform actions at first. Several environments side by
 side learn exactly as often as one would.
 """

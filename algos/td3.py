@@ -12,7 +12,7 @@ not taken for value, and a policy that waits for them.
 
     python algos/td3.py --env-id Pendulum-v1
 
-Expect -144 there after 20,000 steps. Not in the paper: the policy evaluated is mu', an average of the last mu; uniform
+Expect -143 there after 20,000 steps. Not in the paper: the policy evaluated is mu', an average of the last mu; uniform
 actions at first are counted in single steps; actions in [-1, 1], where all noise is added, are scaled to the bounds of
 the environment. Several environments side by side learn exactly as often as one would.
 """
