@@ -24,6 +24,7 @@ import os
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -428,7 +429,8 @@ def train(args: Args) -> dict:
     obs, _ = envs.reset(seed=10**6 * args.seed + first_step // log_every * N)  # no seed twice: i takes seed + i
     buffer.add(obs, 0, 0, False, valid=False)
     done, score, finished = np.zeros(N, bool), np.zeros(N), []
-    metrics = dict(td_loss=0.0, q_value=0.0)  # of the last gradient step
+    history = deque(maxlen=100)  # of metrics; thousands of such small tensors would fragment memory
+    metrics = dict(td_loss=0.0, q_value=0.0)  # until learning starts
     for step in range(first_step + N, args.total_timesteps + 1, N):
         progress = (step - N) / args.total_timesteps
         agent.epsilon = linear_schedule(args.start_e, args.end_e, args.exploration_fraction, progress)
@@ -443,14 +445,16 @@ def train(args: Args) -> dict:
         for t in range(step - N + 1, step + 1):  # each environment's step counts
             if t > learning_starts and t % args.train_frequency == 0:
                 batch = buffer.sample(args.batch_size, agent.device)
-                metrics |= gradient_step(agent, target, optimizer, batch, learning_rate, args)
+                history.append(gradient_step(agent, target, optimizer, batch, learning_rate, args))
             if t % args.target_network_frequency == 0:
                 target.load_state_dict(agent.state_dict())
 
         if step % log_every == 0 or step + N > args.total_timesteps:
-            metrics["epsilon"] = agent.epsilon
-            run.log(step, finished, {name: float(value) for name, value in metrics.items()})
+            if history:
+                metrics = {name: torch.stack([m[name] for m in history]).mean().item() for name in history[0]}
+            run.log(step, finished, metrics | dict(epsilon=agent.epsilon))
             finished = []
+            history.clear()
     run.save()
     run.bar.close()
     envs.close()

@@ -26,6 +26,7 @@ import os
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -490,7 +491,8 @@ def train(args: Args) -> dict:
     obs, _ = envs.reset(seed=10**6 * args.seed + first_step // log_every * N)  # no seed twice: i takes seed + i
     buffer.add(obs, 0, 0, False, valid=False)
     done, score, finished = np.zeros(N, bool), np.zeros(N), []
-    metrics = dict(td_loss=0.0, q_value=0.0, policy_loss=0.0, entropy=0.0, alpha=1.0)  # of the last gradient step
+    history = deque(maxlen=100)  # of metrics; thousands of such small tensors would fragment memory
+    metrics = dict(td_loss=0.0, q_value=0.0, policy_loss=0.0, entropy=0.0, alpha=1.0)  # until learning starts
     for step in range(first_step + N, args.total_timesteps + 1, N):
         progress = (step - N) / args.total_timesteps
         learning_rate = torch.tensor(args.learning_rate * (1 - progress if args.anneal_lr else 1), device=agent.device)
@@ -507,11 +509,14 @@ def train(args: Args) -> dict:
                 batch = buffer.sample(args.batch_size, agent.device)
                 for name in ("noise", "next_noise"):
                     batch[name] = torch.randn(args.batch_size, D).to(agent.device)
-                metrics |= gradient_step(agent, target, optimizers, batch, learning_rate, args)
+                history.append(gradient_step(agent, target, optimizers, batch, learning_rate, args))
 
         if step % log_every == 0 or step + N > args.total_timesteps:
-            run.log(step, finished, {name: float(value) for name, value in metrics.items()})
+            columns = {name: [m[name] for m in history if name in m] for name in metrics}
+            metrics |= {name: torch.stack(column).mean().item() for name, column in columns.items() if column}
+            run.log(step, finished, metrics)
             finished = []
+            history.clear()
     run.save()
     run.bar.close()
     envs.close()

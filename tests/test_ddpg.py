@@ -716,7 +716,7 @@ def test_log_and_evaluation(module, tmp_path):
 
 @each_module
 def test_metrics(module, monkeypatch, tmp_path):
-    """Also of a policy that waits: values of earlier gradient steps, or tensors that are kept."""
+    """Means over other gradient steps; tensors kept by the thousand, which fragment memory."""
     check_metrics(module, monkeypatch, tmp_path, "TaggedBox")
 
 

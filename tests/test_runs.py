@@ -467,7 +467,7 @@ def test_a_compiled_step_can_be_compiled_again(module, tmp_path, monkeypatch):
 
 @each_module
 def test_log_shows_the_mean_of_all_gradient_steps(module, tmp_path, monkeypatch):
-    """Metrics of the last minibatch alone, or of other steps than those since the last line."""
+    """Metrics of the last minibatch alone, or of other steps than those since the last line (here, fewer than 100)."""
     outputs = [defaultdict(list)]
 
     def remember(metrics, *_):
