@@ -1,71 +1,87 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = ["torch==2.13.0", "numpy==2.2.6", "gymnasium[box2d,classic-control,mujoco]==1.4.0", "mujoco==3.15.0",
-#   "ale-py==0.12.1", "MinAtar==1.0.15", "tyro==1.0.17", "tqdm==4.70.1", "moviepy==2.2.1", "wandb==0.31.0"]
+#   "ale-py==0.12.1", "MinAtar==1.0.15", "tyro==1.0.17", "tqdm==4.70.1", "filelock==3.20.0", "moviepy==2.2.1",
+#   "wandb==0.31.0"]
 # ///
-"""DQN: deep Q-learning from replayed experience with a target network (Mnih et al. 2015, doi:10.1038/nature14236).
+"""DQN: Q-learning with a neural network, from replayed experience and with a target network.
 
-Minimises  E[(r + gamma max_a' Q_target(s', a') - Q(s, a))^2]  over transitions drawn uniformly from a replay buffer;
-the policy is epsilon-greedy, and Q_target is a copy of Q, renewed now and then.
+Mnih et al. 2015, doi:10.1038/nature14236. Q minimises
 
-    python algos/dqn.py --env-id CartPole-v1
+    L = E[(r + gamma max_a' Q_target(s', a') - Q(s, a))^2]
 
-Expect 500 there after 50,000 steps. Not in the paper: Adam instead of RMSprop, a falling step size, and the
-whole gradient clipped instead of each error, which would move the minimum away from the mean. Several environments side
-by side learn exactly as often as one would: all periods count single steps.
+over transitions drawn uniformly from a replay buffer. The policy is epsilon-greedy in Q; Q_target is a copy of Q that
+is renewed now and then.
+
+    python algos/dqn.py --env-id CartPole-v1            # 500 after 50,000 steps
+    python algos/dqn.py --env-id MinAtar/Breakout-v1    # 20 after 1M steps
+
+Not in the paper: Adam in place of RMSprop, a step size that falls to 0, and one clipped gradient in place of clipped
+errors, which would move the minimum away from the mean. All periods count single steps, so that several environments
+learn as often as one.
+
+Read to the end of train(); what follows the ruler is the same in every script.
 """
 
 import argparse
 import copy
-import importlib.metadata
+import functools
+import importlib
 import json
+import math
 import os
-import subprocess
+import re
+import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO
 
+import filelock
 import gymnasium as gym
 import numpy as np
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 import tyro
-from gymnasium.spaces import Box, Discrete, Space
+from gymnasium.spaces import Box, Dict, Discrete, Space, Text, Tuple
 from torch import Tensor
 from tqdm import tqdm
 
 
 @dataclass
 class Args:
-    env_id: str = "CartPole-v1"  # Gymnasium id, also ALE/*, MinAtar/* or module:YourEnv-v0; decides the other defaults
+    env_id: str = "CartPole-v1"  # Gymnasium id, also ALE/*, MinAtar/* or module:YourEnv-v0; decides other defaults
     total_timesteps: int = 50_000  # environment steps to train for
-    learning_rate: float = 1e-3  # step size of the optimizer
-    anneal_lr: bool = True  # let the step size fall linearly to 0
     num_envs: int = 4  # N, environments side by side
     buffer_size: int = 50_000  # transitions that the replay buffer holds
     learning_starts: int = 1000  # environment steps before the first gradient step
     batch_size: int = 128  # transitions per gradient step
     train_frequency: int = 2  # environment steps per gradient step
     target_network_frequency: int = 150  # environment steps between copies to the target network
+    learning_rate: float = 1e-3  # step size of the optimizer
+    anneal_lr: bool = True  # let the step size fall linearly to 0
     gamma: float = 0.99  # discount
     start_e: float = 1.0  # epsilon, the share of random actions, at the start
     end_e: float = 0.05  # epsilon at the end of exploration and from then on
     exploration_fraction: float = 0.2  # share of the run over which epsilon falls linearly
     max_grad_norm: float = 10.0  # longer gradients are scaled down to this norm
-    hidden_size: int = 128  # units in each of the two hidden layers (vector observations)
-    clip_reward: bool = False  # learn from rewards clipped to [-1, 1]; the log keeps them whole
-    save_buffer: bool = False  # keep the replay buffer in checkpoints; without it, a resumed run fills it anew
-    compile: bool | None = None  # compile the gradient step; if not said, when the run is long enough to gain by it
+    hidden_size: int = 128  # units in each hidden layer of the MLPs
+    clip_reward: bool = False  # learn from rewards clipped to [-1, 1]; the log has them whole
+    save_buffer: bool = False  # keep the replay buffer in checkpoints; without it a resumed run fills it anew
+    compile: bool = False  # compile the gradient step: 10 s at the start, then 2 to 3 times as fast
 
     seed: int = 1  # of weights, actions, minibatches and environments
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto: cuda for images where there is one, else cpu
-    torch_threads: int = 1  # CPU threads of PyTorch, 0 for one per core; small networks are fastest with 1
-    run_dir: str = ""  # where the results go; if not said, runs/<env>__<algo>__<seed>__<time>
+    device: str = "auto"  # cpu, cuda, cuda:1, mps or auto: a GPU for images if there is one, else the CPU
+    torch_threads: int = 1  # CPU threads, 0 for one per core; small networks are fastest with 1
+    env_kwargs: str = ""  # JSON for the environment, like '{"max_episode_steps": 200}'
+    run_dir: str = ""  # where the results go; if empty, runs/<env>__<algo>__<seed>__<time>
     track: bool = False  # log to Weights & Biases
+    wandb_project: str = "foliorl"  # the project there
+    wandb_entity: str = ""  # the user or team there; if empty, your default
     capture_video: bool = False  # film an episode of the final evaluation
     eval_episodes: int = 20  # episodes of the final evaluation
     log_every: int = 1000  # environment steps between lines of the log
@@ -73,97 +89,38 @@ class Args:
     resume: str = ""  # run directory to continue; a finished run is only evaluated again
 
     def __post_init__(self) -> None:
-        """Raise ValueError with one sentence if a value is impossible."""
-        lowest, shares = dict(seed=0, torch_threads=0), ("gamma", "start_e", "end_e", "exploration_fraction")
-        for name, value in asdict(self).items():
-            low, high = lowest.get(name, int(type(value) is int)), 1 if name in shares else float("inf")
-            if isinstance(value, int | float) and not low <= value <= high:
-                raise ValueError(f"{name} must lie in [{low}, {high}], but is {value}")
+        shares = dict(gamma=1, start_e=1, end_e=1, exploration_fraction=1)
+        check_ranges(self, minimum=dict(seed=0, torch_threads=0), maximum=shares)
         if self.learning_starts + self.num_envs > self.total_timesteps:
-            raise ValueError(f"learning_starts = {self.learning_starts} leaves nothing of total_timesteps")
+            raise Refusal(f"learning_starts = {self.learning_starts} leaves nothing of total_timesteps")
         if self.buffer_size < 2 * self.num_envs:  # one step of each may be a reset, which nothing is learned from
-            raise ValueError(f"buffer_size = {self.buffer_size} must be at least 2 * num_envs")
-        if self.device != "auto" and not getattr(torch, self.device).is_available():
-            raise ValueError(f"device {self.device} is not available on this machine")
-
-
-# Defaults by environment, beside those of Args: the first entry with a word that the id contains counts.
-FAMILIES = {
-    "Acrobot MountainCar": dict(total_timesteps=100_000, learning_rate=6.3e-4, train_frequency=1,
-        target_network_frequency=250, end_e=0.1, exploration_fraction=0.12, hidden_size=256, eval_episodes=100),
-    "LunarLander": dict(total_timesteps=300_000, learning_rate=6.3e-4, train_frequency=1,
-        target_network_frequency=250, end_e=0.1, exploration_fraction=0.12, hidden_size=256),
-    "MinAtar/": dict(total_timesteps=1_000_000, learning_rate=2.5e-4, anneal_lr=False, num_envs=8, buffer_size=100_000,
-        learning_starts=5000, batch_size=32, train_frequency=1, target_network_frequency=1000, end_e=0.1,
-        exploration_fraction=0.1),
-    "ALE/": dict(total_timesteps=10_000_000, learning_rate=1e-4, anneal_lr=False, num_envs=8, buffer_size=100_000,
-        learning_starts=20_000, batch_size=32, train_frequency=4, target_network_frequency=1000, end_e=0.01,
-        exploration_fraction=0.1, clip_reward=True, torch_threads=0),
-}  # fmt: skip
-
-
-class Adam(nn.Module):
-    """Adam (Kingma & Ba 2015, eps 1e-8 there) on theta, the vector of all parameters, which become views of it."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.register_buffer("theta", nn.utils.parameters_to_vector(module.parameters()).detach())
-        nn.utils.vector_to_parameters(self.theta, module.parameters())
-        for name, shape in dict(t=(), weight1=(), weight2=(), m=self.theta.shape, v=self.theta.shape).items():
-            self.register_buffer(name, self.theta.new_zeros(shape))
-
-    @torch.no_grad()
-    def step(self, gradient: Tensor, lr: Tensor, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-5) -> None:
-        """Move theta down the gradient (P,)."""
-        self.t += 1
-        self.weight1 += (1 - beta1) * (1 - self.weight1)  # 1 - beta1^t; compiled, a power would be taken per parameter
-        self.weight2 += (1 - beta2) * (1 - self.weight2)
-        self.m.lerp_(gradient, 1 - beta1)
-        self.v.lerp_(gradient.square(), 1 - beta2)
-        m_hat, v_hat = self.m / self.weight1, self.v / self.weight2
-        self.theta.sub_(lr * m_hat / (v_hat.sqrt() + eps))  # -= would rebind theta to a view
+            raise Refusal(f"buffer_size = {self.buffer_size} must be at least 2 * num_envs")
 
 
 class Agent(nn.Module):
-    """Q(s, .), an MLP or a CNN, and the epsilon-greedy policy."""
+    """Q(s, .), an MLP or, for images, a linear layer on top of a CNN; and the epsilon-greedy policy."""
 
-    def __init__(self, obs_space: Space, action_space: Discrete, args: Args) -> None:
+    def __init__(self, obs_space: Space, num_actions: int, args: Args) -> None:
         super().__init__()
-        shape, width, num_actions = obs_space.shape or (), args.hidden_size, int(action_space.n)
-        self.obs_space, self.is_image, self.epsilon = obs_space, len(shape) == 3, args.start_e
-        self.trunk = nn.Sequential(nn.LazyLinear(width), nn.ReLU())
-        if self.is_image:  # the network of DQN (Mnih et al. 2015), or MinAtar's (Young & Tian 2019) for small images
-            filters = [(32, 8, 4), (64, 4, 2), (64, 3, 1)] if sorted(shape)[1] >= 36 else [(16, 3, 1)]
-            layers = [layer for f in filters for layer in (nn.LazyConv2d(*f), nn.ReLU())]
-            self.trunk, width = nn.Sequential(*layers, nn.Flatten()), 512 if len(filters) == 3 else 128
-        self.head = nn.Sequential(nn.LazyLinear(width), nn.ReLU(), nn.Linear(width, num_actions))
-        self(torch.as_tensor(obs_space.sample()[None]))  # shows the lazy layers their inputs
-        on_gpu = self.is_image and torch.cuda.is_available()
-        self.device = torch.device(args.device.replace("auto", "cuda" if on_gpu else "cpu"))
-        self.to(self.device)
-
-    def features(self, obs: Tensor) -> Tensor:
-        """What Q is made of: integers one-hot and vectors through a layer, images through the CNN."""
-        if isinstance(self.obs_space, Discrete):
-            obs = nn.functional.one_hot(obs - int(self.obs_space.start), int(self.obs_space.n))
-        elif self.is_image:
-            obs = obs.movedim(-1, 1) if obs.dtype == torch.bool else obs / 255
-            obs = obs.contiguous(memory_format=torch.channels_last)  # convolutions run faster so
-        return self.trunk(obs.float())
+        self.encoder, width = make_encoder(obs_space)
+        hidden = [] if is_image(obs_space) else [args.hidden_size, args.hidden_size]
+        self.q = mlp([width, *hidden, num_actions], nn.ReLU)
+        self.epsilon = args.start_e
 
     def forward(self, obs: Tensor) -> Tensor:
         """Q(s, .) (B, A) of observations (B, ...)."""
-        return self.head(self.features(obs))
+        return self.q(self.encoder(obs))
 
     @torch.no_grad()
     def act(self, obs: np.ndarray, greedy: bool = False) -> np.ndarray:
         """The actions of largest Q or, unless greedy, random ones with probability epsilon."""
-        values = self(torch.from_numpy(obs).to(self.device))
+        values = self(to_tensor(obs, next(self.parameters()).device))
         actions = values.argmax(-1).numpy(force=True)
         if greedy:
             return actions
-        explore, others = torch.rand(len(actions)).numpy(), torch.randint(values.shape[-1], actions.shape).numpy()
-        return np.where(explore < self.epsilon, others, actions)
+        explore = torch.rand(len(actions)).numpy() < self.epsilon
+        random_actions = torch.randint(values.shape[-1], (len(actions),)).numpy()
+        return np.where(explore, random_actions, actions)
 
 
 def linear_schedule(start: float, end: float, duration: float, t: float) -> float:
@@ -172,305 +129,745 @@ def linear_schedule(start: float, end: float, duration: float, t: float) -> floa
 
 
 def td_target(rewards: Tensor, terminated: Tensor, next_values: Tensor, gamma: float) -> Tensor:
-    """y (B,) of algorithm 1 from rewards, terminated, values of the next states (B,); truncation does not stop it."""
+    """y (B,) from rewards, terminated and values of the next states (B,); truncation does not stop the bootstrap."""
     return rewards + gamma * ~terminated * next_values
 
 
-def dqn_loss(agent: Agent, batch: dict[str, Tensor], target: Agent, args: Args) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of DQN on a batch with one transition per row, and what to log."""
+def critic_loss(agent: Agent, target: Agent, batch: dict[str, Tensor], args: Args) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of Q on a batch with one transition per row, and what to log."""
     with torch.no_grad():
         next_values = target(batch["next_obs"]).amax(-1)
-        targets = td_target(batch["rewards"], batch["terminated"], next_values, args.gamma)
-    values = agent(batch["obs"]).gather(-1, batch["actions"][:, None]).squeeze(-1)
-    loss = (values - targets).square().mean()
-    return loss, dict(td_loss=loss.detach(), q_value=values.detach().mean())
+        y = td_target(batch["rewards"], batch["terminated"], next_values, args.gamma)  # algorithm 1
+
+    q = agent(batch["obs"]).gather(-1, batch["actions"][:, None]).squeeze(-1)
+    loss = F.mse_loss(q, y)
+    return loss, dict(critic_loss=loss.detach(), q_value=q.detach().mean())
 
 
-def update(
-    agent: Agent, target: Agent, optimizer: Adam, batch: dict[str, Tensor], learning_rate: Tensor, args: Args
-) -> dict[str, Tensor]:
-    """One step of Adam down the gradient of the loss; returns its metrics."""
-    loss, metrics = dqn_loss(agent, batch, target, args)
-    gradient = torch.cat([part.flatten() for part in torch.autograd.grad(loss, list(agent.parameters()))])
-    gradient = gradient * (args.max_grad_norm / (gradient.norm() + 1e-6)).clamp(max=1)
-    optimizer.step(gradient, learning_rate)
-    return metrics
+def train(args: Args) -> dict:
+    """Train, evaluate, and return what result.json holds; raises Refusal with one sentence on bad input."""
+    torch.manual_seed(args.seed)
+    torch.set_num_threads(args.torch_threads or os.cpu_count())
+    envs = make_envs(args.env_id, args.num_envs, args.env_kwargs)
+    obs_space = envs.single_observation_space
+    action_space = envs.single_action_space
+    if not isinstance(action_space, Discrete):
+        raise Refusal(f"action space {action_space} is not supported: it must be Discrete")
+    to_env = action_map(action_space)
+    device = pick_device(args.device, obs_space)
+
+    N = args.num_envs
+    agent = Agent(obs_space, int(action_space.n), args).to(device)
+    target = copy.deepcopy(agent).requires_grad_(False)
+    optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
+    critic_gradients = gradients_of(critic_loss, agent.parameters(), args, max_norm=args.max_grad_norm)
+    buffer = ReplayBuffer(obs_space, (), np.int64, N, args.buffer_size // N, args.save_buffer)
+    run = Run(args, agent=agent, target=target, optimizer=optimizer, buffer=buffer)
+
+    log_every = max(args.log_every // N, 1) * N
+    learning_starts = args.learning_starts + (0 if len(buffer) else run.step)  # a resumed run fills its buffer first
+    obs, _ = envs.reset(seed=env_seed(args.seed, run.step // log_every * N))
+    buffer.start(obs)
+    done = np.zeros(N, bool)
+    score = np.zeros(N)  # return so far of the running episodes
+    history = deque(maxlen=100)  # metrics of the last gradient steps
+
+    for step in range(run.step + N, args.total_timesteps + 1, N):
+        progress = (step - N) / args.total_timesteps
+        agent.epsilon = linear_schedule(args.start_e, args.end_e, args.exploration_fraction, progress)
+        if args.anneal_lr:
+            anneal(optimizer, 1 - progress)
+
+        # Take one step in each environment.
+        action = agent.act(obs)
+        obs, reward, terminated, truncated, _ = envs.step(to_env(action))
+        valid = ~done  # the step after an end only resets the environment: it is no transition
+        done = terminated | truncated
+        score = score * valid + reward
+        run.episode_returns += score[done].tolist()
+        if args.clip_reward:
+            reward = reward.clip(-1, 1)
+        buffer.add(action, reward, terminated, valid, obs)
+
+        # Optimise once per train_frequency of these N steps.
+        for t in range(step - N + 1, step + 1):
+            if t > learning_starts and t % args.train_frequency == 0:
+                batch = buffer.sample(args.batch_size, device)
+                gradients, metrics = critic_gradients(agent, target, batch, args)
+                descend(optimizer, gradients)
+                history.append(metrics)
+            if t % args.target_network_frequency == 0:
+                target.load_state_dict(agent.state_dict())
+
+        run.bar.update(N)
+        if step % log_every == 0 or step + N > args.total_timesteps:
+            run.log(step, mean_metrics(history) | dict(epsilon=agent.epsilon))
+            history.clear()
+
+    run.save()
+    envs.close()
+    return run.finish(evaluate(agent, args, run.dir))
+
+
+# Defaults beside those of Args: of the first family that names the environment, or the kind of its spaces.
+FAMILIES = {
+    "Acrobot MountainCar": dict(
+        total_timesteps=100_000, train_frequency=1, target_network_frequency=250, learning_rate=6.3e-4, end_e=0.1,
+        exploration_fraction=0.12, hidden_size=256, compile=True, eval_episodes=100,
+    ),
+    "LunarLander": dict(
+        total_timesteps=300_000, train_frequency=1, target_network_frequency=250, learning_rate=6.3e-4, end_e=0.1,
+        exploration_fraction=0.12, hidden_size=256, compile=True,
+    ),
+    "MinAtar/": dict(
+        total_timesteps=1_000_000, num_envs=8, buffer_size=100_000, learning_starts=5000, batch_size=32,
+        train_frequency=1, target_network_frequency=1000, learning_rate=2.5e-4, anneal_lr=False, end_e=0.1,
+        exploration_fraction=0.1,
+    ),
+    "ALE/": dict(
+        total_timesteps=10_000_000, num_envs=8, buffer_size=100_000, learning_starts=20_000, batch_size=32,
+        train_frequency=4, target_network_frequency=1000, learning_rate=1e-4, anneal_lr=False, end_e=0.01,
+        exploration_fraction=0.1, clip_reward=True, torch_threads=0,
+    ),
+}  # fmt: skip
+
+
+# ====================================================================================================================
+# What follows is plumbing: no algorithm is in it, and every script that needs a part of it has the same text.
+
+
+class Refusal(ValueError):
+    """Bad input or a fault from outside, said in one sentence; main() prints it without a traceback."""
+
+
+def is_image(space: Space) -> bool:
+    """uint8 or bool with three axes or, if both sides have 36 pixels or more, uint8 with two (grey)."""
+    if not isinstance(space, Box) or space.dtype not in (np.uint8, np.bool_):
+        return False
+    if len(space.shape) == 2:
+        return space.dtype == np.uint8 and min(space.shape) >= 36
+    return len(space.shape) == 3 and sorted(space.shape)[1] >= 3  # both sides have room for a 3x3 filter
+
+
+def is_vector(space: Space) -> bool:
+    """Numbers along one axis."""
+    return isinstance(space, Box) and len(space.shape) == 1
+
+
+def make_encoder(space: Space) -> tuple[nn.Module, int]:
+    """What turns observations (B, ...) into features (B, width), and the width."""
+    if isinstance(space, Discrete):
+        return OneHot(space), int(space.n)
+    if is_vector(space):
+        return ToFloat(), space.shape[0]
+    to_float = ImageToFloat(space)
+    example = to_float(torch.as_tensor(space.sample()[None]))
+    channels = example.shape[1]
+    if min(example.shape[2:]) >= 36:  # Atari and its like: the network of Mnih et al. 2015
+        width = 512
+        convolutions = [
+            nn.Conv2d(channels, 32, 8, stride=4), nn.ReLU(),
+            nn.Conv2d(32, 64, 4, stride=2), nn.ReLU(),
+            nn.Conv2d(64, 64, 3, stride=1), nn.ReLU(),
+        ]  # fmt: skip
+    else:  # MinAtar and its like: the network of Young & Tian 2019
+        width = 128
+        convolutions = [nn.Conv2d(channels, 16, 3), nn.ReLU()]
+    cnn = nn.Sequential(*convolutions, nn.Flatten())
+    num_features = cnn(example).shape[1]
+    return nn.Sequential(to_float, *cnn, nn.Linear(num_features, width), nn.ReLU()), width
+
+
+class ToFloat(nn.Module):
+    """Numbers (B, D) in the precision of the network, which a buffer knows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("one", torch.ones(()), persistent=False)
+
+    def forward(self, obs: Tensor) -> Tensor:
+        return obs.to(self.one.dtype)
+
+
+class OneHot(ToFloat):
+    """Integers (B,) as vectors (B, n)."""
+
+    def __init__(self, space: Discrete) -> None:
+        super().__init__()
+        self.start = int(space.start)
+        self.n = int(space.n)
+
+    def forward(self, obs: Tensor) -> Tensor:
+        return super().forward(F.one_hot(obs - self.start, self.n))
+
+
+class ImageToFloat(ToFloat):
+    """Images as (B, C, H, W), in [0, 1]. Channels are the last axis, unless the first one is shorter."""
+
+    def __init__(self, space: Box) -> None:
+        super().__init__()
+        self.grey = len(space.shape) == 2
+        self.channels_last = space.shape[-1] <= space.shape[0]
+        self.scale = 255 if space.dtype == np.uint8 else 1
+
+    def forward(self, obs: Tensor) -> Tensor:
+        x = super().forward(obs) / self.scale
+        if self.grey:
+            x = x.unsqueeze(1)
+        elif self.channels_last:
+            x = x.movedim(-1, 1)
+        return x.contiguous(memory_format=torch.channels_last)  # convolutions are faster this way
+
+
+def mlp(sizes: list[int], activation: type[nn.Module]) -> nn.Sequential:
+    """Linear layers with an activation between them."""
+    layers = []
+    for n_in, n_out in zip(sizes, sizes[1:]):
+        layers.append(nn.Linear(n_in, n_out))
+        layers.append(activation())
+    return nn.Sequential(*layers[:-1])
 
 
 class ReplayBuffer(nn.Module):
-    """A ring of the last `num_rows` steps of N environments, for uniform sampling.
+    """The last `num_rows` steps of N environments, for uniform sampling; a module so that checkpoints can hold it.
 
-    Each observation is stored once, for in mode NEXT_STEP the successor of step t is always the observation of step
-    t + 1; hence one row more. Reset steps keep their places but are not in `order`, the ring of what can be sampled.
+    Row t has the observation, action, reward and end of step t. In mode NEXT_STEP its successor is always the
+    observation of row t + 1, so that each observation is stored once. Reset steps have rows, too, but are not valid.
     """
 
-    def __init__(self, obs_space: Space, action_space: Space, num_envs: int, num_rows: int, persistent: bool) -> None:
-        """The columns are buffers of the module, persistent if checkpoints shall hold them."""
+    def __init__(
+        self, obs_space: Space, action_shape: tuple, action_dtype: type, num_envs: int, num_rows: int, persistent: bool
+    ) -> None:
+        """Raises Refusal if the memory of this machine is too small; persistent if checkpoints shall hold the rows."""
         super().__init__()
-        discrete, number = isinstance(action_space, Discrete), (np.int64, ())
-        columns = dict(rewards=(np.float32, ()), terminated=(np.bool_, ()), valid=(np.bool_, ()), order=number)
-        columns["obs"] = np.float32 if obs_space.dtype == np.float64 else obs_space.dtype, obs_space.shape
-        columns["actions"] = number if discrete else (np.float32, (gym.spaces.flatdim(action_space),))
-        self.num_envs, self.size = num_envs, (num_rows + 1) * num_envs
-        num_bytes = self.size * sum(int(np.prod(shape)) * np.dtype(dtype).itemsize for dtype, shape in columns.values())
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else np.inf
-        if num_bytes > memory:
-            needs = f"a replay buffer of {num_rows * num_envs} transitions needs {num_bytes / 1e9:.1f} GB"
-            raise ValueError(f"{needs} of memory, but this machine has {memory / 1e9:.1f} GB")
-        self.arrays = {name: np.zeros((self.size, *shape), dtype) for name, (dtype, shape) in columns.items()}
-        self.arrays["counts"] = np.zeros(3, np.int64)  # rows added, transitions added, transitions overwritten
-        for name, array in self.arrays.items():
-            self.register_buffer(name, torch.from_numpy(array), persistent)
+        self.num_envs = num_envs
+        self.num_rows = num_rows + 1  # the last observation has a row of its own
+        obs_dtype = np.dtype(np.float32) if obs_space.dtype == np.float64 else obs_space.dtype
+        num_bytes = self.num_rows * num_envs * math.prod(obs_space.shape) * obs_dtype.itemsize
+        if hasattr(os, "sysconf") and num_bytes > os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"):
+            raise Refusal(f"the replay buffer needs {num_bytes / 1e9:.0f} GB, more memory than this machine has")
+
+        def column(name: str, shape: tuple, dtype: type) -> np.ndarray:
+            """An array (rows, N, *shape) that shares its memory with a buffer of the module."""
+            array = np.zeros((self.num_rows, num_envs, *shape), dtype)
+            self.register_buffer(f"_{name}", torch.from_numpy(array), persistent)
+            return array
+
+        self.obs = column("obs", obs_space.shape, obs_dtype)
+        self.actions = column("actions", action_shape, action_dtype)
+        self.rewards = column("rewards", (), np.float32)
+        self.terminated = column("terminated", (), np.bool_)
+        self.valid = column("valid", (), np.bool_)
+        self.register_buffer("t", torch.zeros((), dtype=torch.int64), persistent)  # steps added so far
 
     def __len__(self) -> int:
-        """Transitions that can be sampled."""
-        return int(self.arrays["counts"][1] - self.arrays["counts"][2])
+        return min(int(self.t), self.num_rows - 1) * self.num_envs
+
+    def start(self, obs: np.ndarray) -> None:
+        """The first observations of a run or of a resumed run."""
+        row = int(self.t) % self.num_rows
+        self.valid[row - 1] = False  # what a resumed run did last has not led here
+        self.obs[row] = obs
 
     def add(
-        self, next_obs: np.ndarray, actions: np.ndarray, rewards: np.ndarray, terminated: np.ndarray, valid: np.ndarray
+        self, action: np.ndarray, reward: np.ndarray, terminated: np.ndarray, valid: np.ndarray, next_obs: np.ndarray
     ) -> None:
-        """A step of all environments from their last observations; where not valid, it was a reset."""
-        arrays, n = self.arrays, self.num_envs
-        added, head, tail = arrays["counts"].tolist()
-        row, following = (slice(k * n % self.size, k * n % self.size + n) for k in (added, added + 1))
-        tail += np.count_nonzero(arrays["valid"][following])  # the oldest row: its observation is overwritten here
-        arrays["obs"][following] = next_obs
-        arrays["actions"][row], arrays["rewards"][row] = actions, rewards
-        arrays["terminated"][row], arrays["valid"][row] = terminated, valid
-        places = np.flatnonzero(arrays["valid"][row]) + row.start
-        arrays["order"][np.arange(head, head + len(places)) % self.size] = places
-        arrays["counts"][:] = added + 1, head + len(places), tail
+        """A step of every environment from the observations before; `valid` where it was not a reset."""
+        row = int(self.t) % self.num_rows
+        self.actions[row] = action
+        self.rewards[row] = reward
+        self.terminated[row] = terminated
+        self.valid[row] = valid
+        self.t += 1
+        next_row = int(self.t) % self.num_rows
+        self.obs[next_row] = next_obs
+        self.valid[next_row] = False  # until its own step is taken
 
     def sample(self, batch_size: int, device: torch.device) -> dict[str, Tensor]:
-        """A batch of transitions, drawn uniformly and with replacement."""
-        arrays, (_, head, tail) = self.arrays, self.arrays["counts"].tolist()
-        places = arrays["order"][torch.randint(tail, head, (batch_size,)).numpy() % self.size]
-        batch = {name: arrays[name].take(places, 0) for name in ("obs", "actions", "rewards", "terminated")}
-        batch["next_obs"] = arrays["obs"].take((places + self.num_envs) % self.size, 0)
+        """Transitions (batch_size, ...), drawn uniformly and with replacement."""
+        newest = int(self.t)
+        oldest = max(0, newest - self.num_rows + 1)
+        places = np.zeros((0, 2), np.int64)  # row and environment
+        while len(places) < batch_size:  # drawn are more than are needed, for what is not valid is left out
+            rows = torch.randint(oldest, newest, (2 * batch_size,)).numpy() % self.num_rows
+            envs = torch.randint(self.num_envs, (2 * batch_size,)).numpy()
+            valid = self.valid[rows, envs]
+            places = np.concatenate([places, np.stack([rows[valid], envs[valid]], 1)])
+        rows, envs = places[:batch_size].T
+        batch = dict(
+            obs=self.obs[rows, envs],
+            actions=self.actions[rows, envs],
+            rewards=self.rewards[rows, envs],
+            terminated=self.terminated[rows, envs],
+            next_obs=self.obs[(rows + 1) % self.num_rows, envs],
+        )
         return {name: torch.from_numpy(column).to(device) for name, column in batch.items()}
 
 
-def make_envs(env_id: str, num_envs: int, video: bool = False) -> gym.vector.VectorEnv:
-    """Environments side by side in autoreset mode NEXT_STEP, native vector ones where there are."""
-    options = dict(render_mode="rgb_array", vectorization_mode="sync") if video else {}
-    if video and sys.platform == "linux" and not os.environ.get("DISPLAY"):
+def gradients_of(
+    loss: Callable, parameters: Iterable[nn.Parameter], args: Args, max_norm: float = math.inf
+) -> Callable:
+    """A function that takes what the loss takes and returns its gradients for these parameters, and its metrics.
+
+    The gradients come as a dict from parameter to gradient, scaled down if together they are longer than max_norm.
+    With --compile, forward and backward pass are compiled into one function.
+    """
+    parameters = list(parameters)
+
+    def differentiate(*inputs) -> tuple[list[Tensor], dict[str, Tensor]]:
+        value, metrics = loss(*inputs)
+        gradients = torch.autograd.grad(value, parameters)
+        if max_norm < math.inf:
+            norm = nn.utils.get_total_norm(gradients, foreach=False)
+            scale = (max_norm / (norm + 1e-6)).clamp(max=1)
+            gradients = [gradient * scale for gradient in gradients]
+        return gradients, metrics
+
+    if args.compile and can_compile(parameters[0].device):
+        torch._dynamo.config.trace_autograd_ops = True  # lets the compiler see torch.autograd.grad
+        differentiate = torch.compile(differentiate, dynamic=True)
+
+    def function(*inputs) -> tuple[dict[nn.Parameter, Tensor], dict[str, Tensor]]:
+        gradients, metrics = differentiate(*inputs)
+        return dict(zip(parameters, gradients)), metrics
+
+    return function
+
+
+@functools.cache
+def can_compile(device: torch.device) -> bool:
+    """Whether PyTorch finds a compiler on this machine; says so if not, for then training is slower."""
+    try:
+        torch.compile(torch.neg)(torch.zeros(1, device=device))
+    except RuntimeError:
+        print("PyTorch finds no compiler on this machine: training goes on without --compile", flush=True)
+        return False
+    return True
+
+
+def descend(optimizer: torch.optim.Optimizer, gradients: dict[nn.Parameter, Tensor]) -> None:
+    """One step of the optimizer down these gradients."""
+    for parameter, gradient in gradients.items():
+        parameter.grad = gradient
+    optimizer.step()
+
+
+def anneal(optimizer: torch.optim.Optimizer, share: float) -> None:
+    """Let every parameter group learn with this share of the step size that it was made with."""
+    for group in optimizer.param_groups:
+        group["lr"] = share * group.setdefault("initial_lr", group["lr"])
+
+
+def mean_metrics(history: Iterable[dict[str, Tensor]]) -> dict[str, float]:
+    """The mean of each metric over the gradient steps that have it."""
+    columns: dict[str, list[Tensor]] = {}
+    for metrics in history:
+        for name, value in metrics.items():
+            columns.setdefault(name, []).append(value)
+    return {name: torch.stack(column).mean().item() for name, column in columns.items()}
+
+
+def to_tensor(array: np.ndarray, device: torch.device) -> Tensor:
+    """The array on the device; float64 becomes float32 first, for not every device has float64."""
+    tensor = torch.from_numpy(array)
+    if tensor.dtype == torch.float64:
+        tensor = tensor.float()
+    return tensor.to(device)
+
+
+def check_ranges(args: Args, minimum: dict[str, float], maximum: dict[str, float]) -> None:
+    """Raise Refusal unless counts are at least 1 and other numbers at least 0, or within the limits given."""
+    for field in fields(args):
+        value = getattr(args, field.name)
+        if isinstance(value, bool | str):
+            continue
+        low = minimum.get(field.name, 1 if field.type is int else 0)
+        high = maximum.get(field.name, math.inf)
+        if not low <= value <= high:
+            raise Refusal(f"{field.name} must lie in [{low}, {high}], but is {value}")
+
+
+def pick_device(name: str, obs_space: Space) -> torch.device:
+    """The device of --device; raises Refusal if this machine has no such device."""
+    if name == "auto":
+        return torch.device("cuda" if is_image(obs_space) and torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise Refusal(f"device {name} is not available on this machine") from error
+    return torch.device(name)
+
+
+def env_seed(seed: int, offset: int = 0) -> int:
+    """Each run has a million seeds; environment i of a vector takes the i-th after this one, so no two share any."""
+    return 1_000_000 * seed + offset
+
+
+def make_envs(env_id: str, num_envs: int, env_kwargs: str = "", render: bool = False) -> gym.vector.VectorEnv:
+    """Environments side by side, in autoreset mode NEXT_STEP; raises Refusal for what we cannot learn in."""
+    try:
+        kwargs = dict(json.loads(env_kwargs or "{}"))
+    except (ValueError, TypeError) as error:
+        raise Refusal(f"env_kwargs {env_kwargs!r} is no JSON object: {error}") from error
+    options = dict(render_mode="rgb_array", vectorization_mode="sync") if render else {}
+    if render and sys.platform == "linux" and not os.environ.get("DISPLAY"):
         os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a screen
-    if env_id.startswith("ALE/"):
-        gym.register_envs(importlib.import_module("ale_py"))
-        options = dict(reward_clipping=False)  # scores count whole
-    elif env_id.startswith("MinAtar/"):
-        options |= dict(max_episode_steps=10_000)  # MinAtar sets no limit
-        if env_id not in gym.registry:
-            importlib.import_module("minatar.gym").register_envs()
-    envs = gym.make_vec(env_id, num_envs, **options)
-    obs, action, mode = envs.single_observation_space, envs.single_action_space, envs.metadata.get("autoreset_mode")
-    dims = len(obs.shape) if isinstance(obs, Box) else -isinstance(obs, Discrete)
-    if dims not in (-1, 1, 3) or (dims == 3 and obs.dtype not in (np.uint8, np.bool_)):
-        raise ValueError(f"observation space {obs} is not supported: it must be Discrete, a 1-D Box or an image Box")
-    if not (isinstance(action, Discrete) or (isinstance(action, Box) and action.dtype.kind == "f")):
-        raise ValueError(f"action space {action} is not supported: it must be Discrete or a Box of floats")
+    try:
+        if env_id.startswith("ALE/"):
+            gym.register_envs(importlib.import_module("ale_py"))
+            options = dict(reward_clipping=False)  # scores count whole
+        if env_id.startswith("MinAtar/"):
+            options["max_episode_steps"] = 10_000  # MinAtar has no limit of its own
+            if env_id not in gym.registry:
+                importlib.import_module("minatar.gym").register_envs()
+        envs = gym.make_vec(env_id, num_envs, **options | kwargs)
+    except (gym.error.Error, ModuleNotFoundError) as error:
+        raise Refusal(f"{env_id} cannot be made: {error}") from error
+    except TypeError as error:
+        if kwargs and "unexpected keyword argument" in str(error):
+            raise Refusal(f"{env_id} cannot be made: {error}") from error
+        raise
+
+    space = envs.single_observation_space
+    mode = envs.metadata.get("autoreset_mode")
     if mode != gym.vector.AutoresetMode.NEXT_STEP:
-        raise ValueError(f"{env_id} resets in mode {mode}, but only NEXT_STEP is supported")
+        raise Refusal(f"{env_id} resets in mode {mode}, but only NEXT_STEP is supported")
+    if not is_flattenable(space):
+        raise Refusal(f"observation space {space} is not supported: it must be made of numbers, of a fixed count")
+    actions = envs.single_action_space
+    if not (isinstance(actions, Discrete) or (isinstance(actions, Box) and actions.dtype.kind == "f")):
+        raise Refusal(f"action space {actions} is not supported: it must be Discrete or a Box of floats")
+    if not (is_vector(space) or is_image(space) or isinstance(space, Discrete)):
+        envs = gym.wrappers.vector.FlattenObservation(envs)
     return envs
 
 
+def is_flattenable(space: Space) -> bool:
+    """Whether a vector of numbers can stand for the space; text has numbers too, but they mean nothing."""
+    if isinstance(space, Dict):
+        return all(is_flattenable(part) for part in space.values())
+    if isinstance(space, Tuple):
+        return all(is_flattenable(part) for part in space)
+    return space.is_np_flattenable and not isinstance(space, Text)
+
+
 def action_map(space: Space) -> Callable[[np.ndarray], np.ndarray]:
-    """From the policy's actions (N, ...) to the environment's: [-1, 1] becomes [low, high], the rest is clipped."""
+    """From the policy's actions (N, ...) to the environment's: [-1, 1] becomes [low, high]; the rest is clipped."""
     if isinstance(space, Discrete):
         return lambda actions: actions + space.start
     bounded = space.bounded_below & space.bounded_above
-    low, high = np.where(bounded, space.low, -1), np.where(bounded, space.high, 1)
+    low = np.where(bounded, space.low, -1)
+    high = np.where(bounded, space.high, 1)
 
     def to_env(actions: np.ndarray) -> np.ndarray:
-        actions = low + (actions.reshape(-1, *space.shape) + 1) * ((high - low) / 2)
-        return np.minimum(np.maximum(actions, space.low), space.high).astype(space.dtype, copy=False)
+        actions = actions.reshape(-1, *space.shape)
+        scaled = low + (actions + 1) * ((high - low) / 2)
+        clipped = np.minimum(np.maximum(scaled, space.low), space.high)  # faster than clip
+        return clipped.astype(space.dtype, copy=False)
 
     return to_env
 
 
 class Run:
-    """The directory of a run with its files, the progress bar and, with --track, the page on wandb."""
+    """A run's directory with its files, its progress bar and, with --track, its page on wandb."""
 
-    def __init__(self, args: Args, **parts: nn.Module) -> None:
-        """Start afresh or, with args.resume, restore `parts` from the checkpoint."""
-        self.args, self.parts, algo = args, parts, Path(__file__).stem
-        name = f"{args.env_id.replace('/', '-')}__{algo}__{args.seed}__{time.time():.0f}"
-        self.dir = Path(args.resume or args.run_dir or f"runs/{name}")
-        self.state = dict(algo=algo, env_id=args.env_id, step=0, wall_time=0.0, returns=[], log_size=0)
-        if args.resume or (self.dir / "checkpoint.pt").exists():
-            saved = torch.load(self.dir / "checkpoint.pt", map_location="cpu")
-            if not args.resume or any(saved[key] != self.state[key] for key in ("algo", "env_id")):
-                raise ValueError(f"{self.dir} holds {saved['algo']} on {saved['env_id']}, which --resume continues")
-            self.state = {key: saved[key] for key in self.state}
-            torch.manual_seed(10**6 * args.seed + saved["step"])  # other numbers than at the start, on every device
-            try:
-                for key, part in parts.items():
-                    part.load_state_dict(saved[key])
-            except RuntimeError as error:
-                raise ValueError(f"{self.dir} holds networks of other sizes than the flags ask for") from error
-        self.wandb = importlib.import_module("wandb") if args.track else None
-        if self.wandb and self.wandb.setup().settings.mode == "online" and not self.wandb.login(prompt=False):
-            raise ValueError("--track needs `wandb login` first, or WANDB_MODE=offline")
-        if args.capture_video:
-            importlib.import_module("moviepy")  # missing packages are missed before training
-        self.dir.mkdir(parents=True, exist_ok=bool(args.resume or args.run_dir))
-        status, commit = subprocess.getstatusoutput(f'git -C "{Path(__file__).parent}" rev-parse HEAD')
-        versions = {package.name: package.version for package in importlib.metadata.distributions()}
-        self.config = asdict(args) | dict(algo=algo, git_commit=None if status else commit, versions=versions)
-        (self.dir / "config.json").write_text(json.dumps(self.config, indent=1))
-        self.log_file = open(self.dir / "metrics.jsonl", "a")
-        self.log_file.truncate(self.state["log_size"])
+    stop_signal = 0  # Ctrl-C or SIGTERM, set by main(): save at the next line of the log and stop
+    saved = "nothing was saved"  # what messages can promise
+
+    def __init__(self, args: Args, **parts: nn.Module | torch.optim.Optimizer) -> None:
+        """Start afresh or, with --resume, restore the parts from the checkpoint; raises Refusal."""
+        self.args = args
+        self.parts = parts
+        self.algo = Path(__file__).stem
+        name = f"{args.env_id}__{self.algo}__{args.seed}__{int(time.time())}"
+        self.dir = Path(args.resume or args.run_dir or f"runs/{re.sub('[:/]', '-', name)}")
+        self.step = 0  # environment steps so far
+        self.wall_time = 0.0
+        self.log_size = 0
+        self.wandb_id = str(time.time_ns())
+        self.episode_returns: list[float] = []  # of the episodes since the last log()
+        self.last_returns: list[float] = []  # of the last 100 episodes before that
+        Run.saved = "nothing was saved"
+
+        self.import_optional()
+        has_checkpoint = (self.dir / "checkpoint.pt").exists()
+        if args.resume and not has_checkpoint:
+            raise Refusal(f"{self.dir} holds no checkpoint to resume from")
+        self.lock_directory()
+        if has_checkpoint and not args.resume:
+            raise Refusal(f"{self.dir} holds a run already, which --resume continues")
+        if args.resume:
+            self.load()
+        self.config = dict(algo=self.algo, torch=torch.__version__, gymnasium=gym.__version__) | asdict(args)
+        write_aside(self.dir / "config.json", lambda file: file.write(json.dumps(self.config, indent=1).encode()))
+        self.file = open(self.dir / "metrics.jsonl", "a")
+        self.file.truncate(min(self.log_size, self.file.tell()))
+
         if self.wandb:
-            self.wandb.init(project="foliorl", name=self.dir.name, dir=self.dir, config=self.config)
-        progress = dict(initial=self.state["step"], total=args.total_timesteps, unit=" steps")
-        self.bar = tqdm(**progress, disable=not os.isatty(2))  # without a terminal, log() prints lines
-        self.start, self.next_line = time.time() - self.state["wall_time"], time.time()
+            self.wandb.init(
+                project=args.wandb_project, entity=args.wandb_entity or None, name=self.dir.name, dir=self.dir,
+                config=self.config, id=self.wandb_id, resume="allow",
+            )  # fmt: skip
+        print(f"{self.dir}: step {self.step} of {args.total_timesteps}", flush=True)
+        self.bar = tqdm(
+            total=args.total_timesteps, initial=self.step, unit=" steps", disable=not os.isatty(2), dynamic_ncols=True
+        )
+        self.start = time.time() - self.wall_time
+        self.next_line = time.time() + 10  # for the lines in place of the bar where there is no terminal
 
-    def log(self, step: int, returns: list[float], metrics: dict[str, float]) -> None:
-        """Record an iteration: the steps so far, the returns of the episodes it finished, its metrics."""
+    def import_optional(self) -> None:
+        """Import what only some runs need, so that a missing package is missed before training."""
+        self.wandb = None
+        try:
+            if self.args.capture_video:
+                importlib.import_module("moviepy")
+            if self.args.track:
+                self.wandb = importlib.import_module("wandb")
+        except ModuleNotFoundError as error:
+            raise Refusal(f"a package is missing: {error}") from error
+        if self.wandb and self.wandb.setup().settings.mode == "online" and not self.wandb.login(prompt=False):
+            raise Refusal("--track needs `wandb login` first, or WANDB_MODE=offline")
+
+    def lock_directory(self) -> None:
+        """Keep other processes out for as long as this one lives."""
+        try:
+            self.dir.mkdir(parents=True, exist_ok=True)
+            self.lock = filelock.FileLock(self.dir / "lock")
+            self.lock.acquire(timeout=0)
+        except filelock.Timeout:
+            raise Refusal(f"{self.dir} is in use by another process") from None
+        except OSError as error:
+            raise Refusal(f"{self.dir} cannot be used: {error}") from error
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Record what happened since the last line: bar, metrics.jsonl, wandb and, when it is due, a checkpoint."""
         if not np.isfinite(list(metrics.values())).all():
-            self.bar.close()
-            raise ValueError(f"training diverged before step {step}; the last checkpoint in {self.dir} is good")
-        last_step, recent, now = self.state["step"], (self.state["returns"] + returns)[-100:], time.time() - self.start
-        self.state |= dict(step=step, wall_time=now, returns=recent)
-        line = dict(global_step=step, wall_time=now, SPS=step / now, episodes=len(returns))
-        line |= dict(episodic_return=sum(returns) / len(returns) if returns else None) | metrics
-        print(json.dumps(line), file=self.log_file, flush=True)
+            self.fail(f"training diverged before step {step}")
+        self.wall_time = time.time() - self.start
+        episodes = self.episode_returns
+        line = dict(
+            global_step=step,
+            wall_time=self.wall_time,
+            SPS=step / self.wall_time,
+            episodes=len(episodes),
+            episodic_return=sum(episodes) / len(episodes) if episodes else None,
+            **metrics,
+        )
+        print(json.dumps(line), file=self.file, flush=True)
         if self.wandb:
             self.wandb.log(line, step=step)
-        status = f"return {np.mean(recent):.1f}" if recent else "no episode has ended"
+        self.last_returns = (self.last_returns + episodes)[-100:]
+        self.episode_returns = []
+        self.show_progress(step)
+        checkpoint_due = step // self.args.checkpoint_every > self.step // self.args.checkpoint_every
+        self.step = step
+        if checkpoint_due or Run.stop_signal:
+            self.save()
+        if Run.stop_signal:
+            self.bar.close()
+            raise KeyboardInterrupt
+
+    def show_progress(self, step: int) -> None:
+        """Move the bar or, where there is no terminal, print a line every ten seconds."""
+        status = f"return {np.mean(self.last_returns):.1f}" if self.last_returns else "no episode has ended"
         self.bar.set_postfix_str(status, refresh=False)
-        self.bar.update(step - last_step)
+        self.bar.update(step - self.bar.n)
         if self.bar.disable and time.time() > self.next_line:
             self.next_line = time.time() + 10
-            print(f"{step} of {self.args.total_timesteps} steps, {step / now:.0f} steps/s, {status}", flush=True)
-        if step // self.args.checkpoint_every > last_step // self.args.checkpoint_every:
-            self.save()
+            speed = step / self.wall_time
+            print(f"{step} of {self.args.total_timesteps} steps, {speed:.0f} steps/s, {status}", flush=True)
+
+    def fail(self, reason: str) -> None:
+        """Stop the run for a reason."""
+        self.bar.close()
+        raise Refusal(f"{reason}; {self.saved}")
 
     def save(self) -> None:
-        """Write the checkpoint, atomically: a kill leaves the old one or the new one."""
-        self.state["log_size"] = self.log_file.tell()
-        parts = {key: part.state_dict() for key, part in self.parts.items()}
-        torch.save(self.state | parts, self.dir / "checkpoint.tmp")
-        os.replace(self.dir / "checkpoint.tmp", self.dir / "checkpoint.pt")
+        """Write the checkpoint, unless a weight is not finite: then the last good one stays and Refusal is raised."""
+        for part in self.parts.values():
+            if isinstance(part, nn.Module) and not all(weight.isfinite().all() for weight in part.parameters()):
+                self.fail(f"training diverged before step {self.step}")
+        checkpoint = {name: part.state_dict() for name, part in self.parts.items()}
+        checkpoint |= dict(args=asdict(self.args) | dict(algo=self.algo), log_size=self.file.tell())
+        for name in ("step", "wall_time", "last_returns", "wandb_id"):
+            checkpoint[name] = getattr(self, name)
+        write_aside(self.dir / "checkpoint.pt", lambda file: torch.save(checkpoint, file))
+        Run.saved = f"--resume {self.dir} continues from step {self.step}"
 
-    def finish(self, eval_returns: list[float]) -> dict:
+    def load(self) -> None:
+        """Continue from the checkpoint; raises Refusal if it is damaged or of another run than the flags say."""
+        path = self.dir / "checkpoint.pt"
+        try:
+            saved = torch.load(path, map_location="cpu")
+            for name in ("step", "wall_time", "last_returns", "log_size", "wandb_id"):
+                setattr(self, name, saved[name])
+            states = {name: saved[name] for name in self.parts}
+            before = saved["args"]
+        except Exception as error:  # what is raised depends on where the file is damaged
+            raise Refusal(f"{path} is damaged; start the run anew in another --run-dir") from error
+
+        now = asdict(self.args) | dict(algo=self.algo)
+        for name in ("algo", "env_id", "env_kwargs", "seed", "run_dir"):
+            if now[name] != before[name]:
+                raise Refusal(f"{self.dir} holds a run with {name} {before[name]!r}, which cannot change")
+        if now["total_timesteps"] < self.step:
+            raise Refusal(f"{self.dir} has {self.step} steps already, more than total_timesteps")
+        if now["total_timesteps"] != before["total_timesteps"]:
+            print(f"what was to fall until step {before['total_timesteps']} now falls until {now['total_timesteps']}")
+        try:
+            for name, part in self.parts.items():
+                state = states[name]
+                if isinstance(part, torch.optim.Optimizer):  # the flags of today decide the step size
+                    state = state | dict(param_groups=part.state_dict()["param_groups"])
+                part.load_state_dict(state)
+        except (RuntimeError, ValueError) as error:
+            raise Refusal(f"{self.dir} holds networks or a buffer of other sizes than the flags ask for") from error
+        torch.manual_seed(env_seed(self.args.seed, self.step))  # not the random numbers of the start again
+        Run.saved = f"--resume {self.dir} continues from step {self.step}"
+
+    def finish(self, evaluation: dict) -> dict:
         """Write, print and return the result."""
-        mean, returns, wall_time = float(np.mean(eval_returns)), self.state["returns"], self.state["wall_time"]
-        result = {key: self.config[key] for key in ("algo", "env_id", "seed", "total_timesteps")}
-        result |= dict(eval_returns=eval_returns, eval_mean=mean, sps=self.state["step"] / wall_time)
-        result |= dict(train_return=float(np.mean(returns)) if returns else None, wall_time=wall_time)
-        (self.dir / "result.json").write_text(json.dumps(result, indent=1))
+        returns = evaluation["eval_returns"]
+        result = {name: self.config[name] for name in ("algo", "env_id", "seed", "total_timesteps")}
+        result |= dict(
+            trained_steps=self.step,
+            **evaluation,
+            eval_mean=float(np.mean(returns)),
+            train_return=float(np.mean(self.last_returns)) if self.last_returns else None,
+            sps=self.step / self.wall_time,
+            wall_time=self.wall_time,
+        )
+        write_aside(self.dir / "result.json", lambda file: file.write(json.dumps(result, indent=1).encode()))
+        self.file.close()
+        self.bar.close()
         if self.wandb:
             self.wandb.finish()
-        print(f"{self.dir}: the deterministic policy returns {mean:.1f} +- {np.std(eval_returns):.1f}")
+        self.lock.release()
+        cut = f", {evaluation['eval_cut']} of {len(returns)} episodes cut" if evaluation["eval_cut"] else ""
+        print(f"{self.dir}: evaluation {np.mean(returns):.1f} +- {np.std(returns):.1f}{cut}")
         return result
 
 
-def evaluate(agent: Agent, args: Args, folder: Path) -> list[float]:
-    """Returns of one episode in each of args.eval_episodes fresh environments, under the mode of the policy."""
-    envs = make_envs(args.env_id, args.eval_episodes, args.capture_video)
-    to_env, (obs, _) = action_map(envs.single_action_space), envs.reset(seed=10**6 * args.seed + 10**6 // 2)
-    returns, running, frames = np.zeros(args.eval_episodes), np.ones(args.eval_episodes, bool), []
-    while running.any():
-        if args.capture_video and running[0]:  # ALE cannot render, but its observations are frames
-            frames.append(envs.envs[0].render() if hasattr(envs, "envs") else obs[0, -1, :, :, None].repeat(3, -1))
+def write_aside(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Write a file aside and put it in place: a kill leaves the old one or the new one, and so does a full disk."""
+    aside = path.with_suffix(".tmp")
+    try:
+        with open(aside, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise Refusal(f"{path} could not be written ({error}); {Run.saved}") from error
+
+
+def evaluate(agent: nn.Module, args: Args, folder: Path, max_steps: int = 27_000) -> dict:
+    """Returns of one greedy episode in each of args.eval_episodes fresh environments, and how many were cut.
+
+    An episode is cut after max_steps, for there are environments and policies whose episodes never end.
+    """
+    agent.eval()
+    envs = make_envs(args.env_id, args.eval_episodes, args.env_kwargs, render=args.capture_video)
+    to_env = action_map(envs.single_action_space)
+    obs, _ = envs.reset(seed=env_seed(args.seed, 500_000))
+    returns = np.zeros(args.eval_episodes)
+    running = np.ones(args.eval_episodes, bool)
+    frames = []  # of the first environment
+    for _ in range(max_steps):
+        if Run.stop_signal:
+            raise KeyboardInterrupt
+        if args.capture_video and running[0]:
+            frames.append(frame(envs, obs))
         obs, rewards, terminated, truncated, _ = envs.step(to_env(agent.act(obs, greedy=True)))
         returns += rewards * running
         running &= ~(terminated | truncated)
+        if not running.any():
+            break
     if frames:
         video = importlib.import_module("gymnasium.utils.save_video")
         video.save_video(frames, str(folder), lambda _: True, fps=envs.metadata.get("render_fps", 30))
     envs.close()
-    return returns.tolist()
+    return dict(eval_returns=returns.tolist(), eval_cut=int(running.sum()))
 
 
-def compile_step(step: Callable, num_calls: int, agent: Agent, args: Args, dynamic: bool | None = None) -> Callable:
-    """The step, compiled if args.compile or, where that is None, if so many calls gain by it."""
-    cpu = agent.device.type == "cpu"
-    gains = num_calls > 20_000 and cpu and not agent.is_image
-    if not (gains if args.compile is None else args.compile):
-        return step
-    torch._dynamo.config.trace_autograd_ops = True  # lets the compiler see torch.autograd.grad
-    options = dict(cpp_wrapper=cpu)  # the kernels are called from C++
+def frame(envs: gym.vector.VectorEnv, obs: np.ndarray) -> np.ndarray:
+    """A picture (H, W, 3) of the first environment; that of Atari is its newest observation."""
+    if hasattr(envs.unwrapped, "envs"):
+        return envs.unwrapped.envs[0].render()
+    return np.repeat(obs[0, -1, :, :, None], 3, axis=-1)
+
+
+def find_family(env_id: str, env_kwargs: str) -> str:
+    """The first family that names the environment or its namespace, else the kind of its spaces; "" for none."""
     try:
-        torch.compile(torch.neg, options=options)(torch.zeros(1, device=agent.device))
-    except RuntimeError:  # for instance, there is no C++ compiler
-        print("PyTorch cannot compile on this machine: training goes on, but slower", flush=True)
-        return step
-    return torch.compile(step, dynamic=dynamic, options=options)
-
-
-def train(args: Args) -> dict:
-    """Train, evaluate, and return what result.json holds; raises ValueError with one sentence on bad input."""
-    torch.manual_seed(args.seed)
-    torch.set_num_threads(args.torch_threads or os.cpu_count() or 1)
-    envs, N = make_envs(args.env_id, args.num_envs), args.num_envs
-    obs_space, action_space = envs.single_observation_space, envs.single_action_space
-    if not isinstance(action_space, Discrete):
-        raise ValueError(f"action space {action_space} is not supported: it must be Discrete")
-    agent = Agent(obs_space, action_space, args)
-    target = copy.deepcopy(agent).requires_grad_(False)
-    optimizer, to_env = Adam(agent), action_map(action_space)
-    buffer = ReplayBuffer(obs_space, action_space, N, args.buffer_size // N, args.save_buffer)
-    gradient_step = compile_step(update, args.total_timesteps // args.train_frequency, agent, args)
-    run = Run(args, agent=agent, target=target, optimizer=optimizer, buffer=buffer)
-
-    first_step = run.state["step"]
-    learning_starts = args.learning_starts + (0 if len(buffer) else first_step)  # an empty buffer is filled first
-    log_every = max(args.log_every // N, 1) * N
-    obs, _ = envs.reset(seed=10**6 * args.seed + first_step // log_every * N)  # no seed twice: i takes seed + i
-    buffer.add(obs, 0, 0, False, valid=False)
-    done, score, finished = np.zeros(N, bool), np.zeros(N), []
-    history = deque(maxlen=100)  # of metrics; thousands of such small tensors would fragment memory
-    metrics = dict(td_loss=0.0, q_value=0.0)  # until learning starts
-    for step in range(first_step + N, args.total_timesteps + 1, N):
-        progress = (step - N) / args.total_timesteps
-        agent.epsilon = linear_schedule(args.start_e, args.end_e, args.exploration_fraction, progress)
-        learning_rate = torch.tensor(args.learning_rate * (1 - progress if args.anneal_lr else 1), device=agent.device)
-        action, valid = agent.act(obs), ~done  # the step after an end resets the environment: no transition
-        obs, reward, terminated, truncated, _ = envs.step(to_env(action))
-        done = terminated | truncated
-        score = score * valid + reward
-        finished += score[done].tolist()
-        buffer.add(obs, action, reward.clip(-1, 1) if args.clip_reward else reward, terminated, valid)
-
-        for t in range(step - N + 1, step + 1):  # each environment's step counts
-            if t > learning_starts and t % args.train_frequency == 0:
-                batch = buffer.sample(args.batch_size, agent.device)
-                history.append(gradient_step(agent, target, optimizer, batch, learning_rate, args))
-            if t % args.target_network_frequency == 0:
-                target.load_state_dict(agent.state_dict())
-
-        if step % log_every == 0 or step + N > args.total_timesteps:
-            if history:
-                metrics = {name: torch.stack([m[name] for m in history]).mean().item() for name in history[0]}
-            run.log(step, finished, metrics | dict(epsilon=agent.epsilon))
-            finished = []
-            history.clear()
-    run.save()
-    run.bar.close()
+        namespace, name, _ = gym.envs.registration.parse_env_id(env_id.split(":")[-1])
+    except gym.error.Error as error:
+        raise Refusal(str(error)) from error
+    for family in FAMILIES:
+        if name in family.split() or f"{namespace}/" in family.split():
+            return family
+    envs = make_envs(env_id, 1, env_kwargs)
     envs.close()
-    return run.finish(evaluate(agent, args, run.dir))
+    if "Discrete-observations" in FAMILIES and isinstance(envs.single_observation_space, Discrete):
+        return "Discrete-observations"
+    if "Box-actions" in FAMILIES and isinstance(envs.single_action_space, Box):
+        return "Box-actions"
+    return ""
 
 
 def parse_args(argv: list[str] | None = None) -> Args:
-    """Flags over the defaults for the environment or, with --resume, over the arguments of that run."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--env-id", "--env_id", default=Args.env_id)
-    parser.add_argument("--resume")
-    known, _ = parser.parse_known_args(argv)
-    defaults = next((FAMILIES[words] for words in FAMILIES if any(w in known.env_id for w in words.split())), {})
-    if known.resume:
-        config = json.loads(Path(known.resume, "config.json").read_text()) | dict(capture_video=False)
-        defaults = {name: config[name] for name in asdict(Args()) if name in config}
-    return tyro.cli(Args, args=argv, default=Args(**dict(env_id=known.env_id) | defaults), description=__doc__)
+    """Flags over the defaults of the environment's family or, with --resume, over the arguments of that run."""
+    first_look = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first_look.add_argument("--env-id", "--env_id", default=Args.env_id)
+    first_look.add_argument("--env-kwargs", "--env_kwargs", default=Args.env_kwargs)
+    first_look.add_argument("--resume", default="")
+    given, _ = first_look.parse_known_args(argv)
+    if given.resume:
+        defaults = read_config(Path(given.resume))
+        source = f"the arguments of {given.resume}"
+    else:
+        family = find_family(given.env_id, given.env_kwargs)
+        defaults = dict(env_id=given.env_id) | FAMILIES.get(family, {})
+        source = f"the defaults for {family or 'environments of no family'}"
+    args = tyro.cli(Args, args=argv, default=Args(**defaults), description=f"{__doc__}\nShown are {source}.")
+    print(f"{args.env_id} with {source}", flush=True)
+    return args
+
+
+def read_config(folder: Path) -> dict:
+    """The arguments of the run in a directory."""
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text())
+        arguments = {field.name: field.type(config[field.name]) for field in fields(Args)}
+    except FileNotFoundError as error:
+        raise Refusal(f"{folder} holds no run to resume") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise Refusal(f"{path} is damaged; start the run anew in another --run-dir") from error
+    return arguments | dict(capture_video=False)
+
+
+def main() -> None:
+    """Train as the command line says. Bad input ends in one sentence; an error of the user's keeps its traceback."""
+
+    def stop(number: int, _: object) -> None:
+        if Run.stop_signal:
+            raise KeyboardInterrupt
+        Run.stop_signal = number
+        os.write(2, b"\nsaving and stopping at the next line of the log; once more to stop at once\n")
+
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        train(parse_args())
+    except Refusal as error:
+        print(f"{Path(__file__).name}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"{Path(__file__).name}: interrupted; {Run.saved}", file=sys.stderr)
+        sys.exit(128 + Run.stop_signal)
 
 
 if __name__ == "__main__":
-    try:
-        train(parse_args())
-    except (ValueError, OSError, ImportError, gym.error.Error) as error:
-        argparse.ArgumentParser().exit(2, f"{Path(__file__).name}: {error}\n")
-    except KeyboardInterrupt:
-        argparse.ArgumentParser().exit(130, "interrupted; --resume DIR continues from the last checkpoint\n")
+    main()

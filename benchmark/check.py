@@ -21,12 +21,13 @@ import numpy as np
 import torch
 from scipy.stats import hypergeom
 
-from benchmark.report import aligned
+from benchmark.markdown import aligned
 from benchmark.run import Cell, read_result
 
 MARGIN = 0.1  # the share of the baseline that a seed may lack
 DROP = 0.2  # the share whose loss has to be found
-SUSPECT, RED = 0.2, 0.05  # levels of the two stages
+SUSPECT = 0.2  # level of the first stage
+RED = 0.05  # level of the second
 SEEDS = (2, 8)  # trained in the stages, at least
 BASELINE = 3  # seeds, without which nothing can be shown
 FIRST_SEED = (1001, 2001)  # of the stages, not among those of the baselines
@@ -48,7 +49,8 @@ def p_value(fresh: np.ndarray, baseline: np.ndarray, random: float | np.ndarray)
     """Chance that of scores like the baseline's (..., m) so many of the fresh ones (..., n) would fall short."""
     median = np.median(baseline, axis=-1, keepdims=True)
     line = median - MARGIN * np.abs(median - random)
-    short, n = (fresh < line).sum(-1), fresh.shape[-1]
+    short = (fresh < line).sum(-1)
+    n = fresh.shape[-1]
     p = hypergeom.sf(short - 1, n + baseline.shape[-1], short + (baseline < line).sum(-1), n)
     return p.round(12)  # so that 1/20 does not exceed 0.05
 
@@ -79,7 +81,7 @@ def read_rows(cells: list[Cell], kept: dict[tuple[str, str, int], list[dict]], r
     for cell in cells:
         scores = np.array([run["eval_mean"] for run in kept.get(cell.row, [])])
         if len(scores) >= BASELINE and cell.env_id in random:
-            levels = RED, RED / len(cells)  # in the second stage even if all rows reach it
+            levels = (RED, RED / len(cells))  # in the second stage even if all rows reach it
             seeds = [seed_count(n, level, scores, random[cell.env_id]) for n, level in zip(SEEDS, levels)]
             rows.append(Row(cell, scores, random[cell.env_id], tuple(seeds)))
     return rows
@@ -90,12 +92,14 @@ def simulate(rows: list[Row], draws: int) -> tuple[float, np.ndarray, float]:
 
     Each draw takes baseline and fresh seeds alike from the kept ones, with replacement.
     """
-    rng, p = np.random.default_rng(0), np.empty((2, 2, draws, len(rows)))  # unchanged or worse; stage
+    rng = np.random.default_rng(0)
+    p = np.empty((2, 2, draws, len(rows)))  # unchanged or worse; stage
     for i, row in enumerate(rows):
+        drop = DROP * abs(np.median(row.scores) - row.random)
         baseline = rng.choice(row.scores, (draws, len(row.scores)))
         for stage, n in enumerate(row.seeds):
             fresh = rng.choice(row.scores, (draws, n))
-            for worse, loss in enumerate([0, DROP * abs(np.median(row.scores) - row.random)]):
+            for worse, loss in enumerate([0, drop]):
                 p[worse, stage, :, i] = p_value(fresh - loss, baseline, row.random)
     power = np.empty(len(rows))
     for i in range(len(rows)):  # one row is worse, the others are as they were
@@ -117,10 +121,12 @@ def error_rates(rows: list[Row], draws: int) -> tuple[str, bool]:
 
 
 def words(cell: Cell) -> list[str]:
+    """A cell as the first cells of a table's row."""
     return [cell.row[0], cell.env_id, f"{cell.steps:,}"]
 
 
 def requirements(algos: Path) -> bytes:
+    """The requirements.txt beside the folder of the scripts, if there is one."""
     path = algos.parent / "requirements.txt"
     return path.read_bytes() if path.exists() else b""
 
@@ -167,11 +173,14 @@ def changed_since(base: str, cells: list[Cell], run: Run, out: Path, algos: Path
 
     if git("rev-parse", "--verify", f"{base}^{{commit}}") is None:
         raise ValueError(f"{base} is no revision of a repository that holds {algos}")
-    packages = git("show", f"{base}:../requirements.txt") or b"", requirements(algos)
-    changed, pairs = {}, {}
+    packages_then = git("show", f"{base}:../requirements.txt") or b""
+    packages_now = requirements(algos)
+    changed = {}
+    pairs = {}
     for cell in cells:
-        old, new = git("show", f"{base}:./{cell.algo}.py"), (algos / f"{cell.algo}.py").read_bytes()
-        same = pins(new, packages[0]) == pins(new, packages[1])
+        old = git("show", f"{base}:./{cell.algo}.py")
+        new = (algos / f"{cell.algo}.py").read_bytes()
+        same = pins(new, packages_then) == pins(new, packages_now)
         changed[cell] = not same or old != new
         if same and old not in (None, new):
             short = cell._replace(seed=1, steps=min(cell.steps, NEUTRAL_STEPS))
@@ -189,18 +198,25 @@ def train(rows: list[Row], stage: int, run: Run, out: Path, algos: Path) -> list
         cell = freeze(row.cell, (algos / f"{row.cell.algo}.py").read_bytes(), algos, out)
         groups.append([cell._replace(seed=FIRST_SEED[stage] + i) for i in range(row.seeds[stage])])
     failed = set(run([cell for group in groups for cell in group]))
-    results = [None if failed & set(group) else [read_result(out / cell.name) for cell in group] for group in groups]
-    return [group and np.array([result["eval_mean"] for result in group]) for group in results]
+    scores = []
+    for group in groups:
+        if failed & set(group):
+            scores.append(None)
+        else:
+            scores.append(np.array([read_result(out / cell.name)["eval_mean"] for cell in group]))
+    return scores
 
 
 def compare(rows: list[Row], run: Run, out: Path, algos: Path) -> list[list[str]]:
     """Train the stages; under HEAD what decided about each row."""
-    p, fresh = np.full((2, len(rows)), np.inf), [None] * len(rows)
+    p = np.full((2, len(rows)), np.inf)  # by stage
+    fresh: list[np.ndarray | None] = [None] * len(rows)
     for stage in range(2):
         chosen = [i for i in range(len(rows)) if stage == 0 or p[0, i] <= SUSPECT]
         for i, scores in zip(chosen, train([rows[i] for i in chosen], stage, run, out, algos)):
             fresh[i] = scores
-            p[stage, i] = np.inf if scores is None else p_value(scores, rows[i].scores, rows[i].random)
+            if scores is not None:
+                p[stage, i] = p_value(scores, rows[i].scores, rows[i].random)
     lines = []
     for (cell, baseline, random, _), scores, first, second in zip(rows, fresh, p[0], decide(*p)):
         lines.append([*words(cell), f"{baseline.mean():.1f} ({len(baseline)})"])
@@ -211,5 +227,8 @@ def compare(rows: list[Row], run: Run, out: Path, algos: Path) -> list[list[str]
         better = p_value(-scores, -baseline, -random) <= RED
         p_decisive = second if np.isfinite(second) else first
         lines[-1] += [f"{scores.mean():.1f} ({len(scores)})", f"{difference:+.1%}", f"{p_decisive:.2g}"]
-        lines[-1].append("WORSE" if second <= RED else "better?" if better else "ok")
+        if second <= RED:
+            lines[-1].append("WORSE")
+        else:
+            lines[-1].append("better?" if better else "ok")
     return lines

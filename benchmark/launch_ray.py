@@ -18,7 +18,7 @@ from benchmark.run import Cell
 
 for module in (run, sys.modules[__name__]):
     cloudpickle.register_pickle_by_value(module)  # the nodes cannot import it
-FILES = ("config.json", "metrics.jsonl", "result.json")  # the last one says that a run is finished, so it comes last
+FILES = ("config.json", "origin.json", "metrics.jsonl", "result.json")  # the last one says that a run is finished
 
 
 class Board:
@@ -28,17 +28,21 @@ class Board:
         self.told: dict[str, tuple[int, float | None]] = {}
 
     def tell(self, name: str, progress: tuple[int, float | None]) -> None:
+        """Note how far a cell is."""
         self.told[name] = progress
 
     def read(self) -> dict[str, tuple[int, float | None]]:
+        """How far each cell is, by name."""
         return self.told
 
 
-def train(cell: Cell, script: str | None, board: Any) -> tuple[int, str, dict[str, bytes]]:
+def train(cell: Cell, script: str | None, commit: str | None, board: Any) -> tuple[int, str, dict[str, bytes]]:
     """Run the script's text in a temporary folder of a node; exit code, output and files of the run."""
     with tempfile.TemporaryDirectory() as name:
-        folder, run_dir = Path(name), Path(name, "run")
+        folder = Path(name)
+        run_dir = folder / "run"
         run_dir.mkdir()
+        run.write_origin(run_dir, commit)  # with the packages of the node
         if script is not None:
             (folder / f"{cell.algo}.py").write_text(script)
         with open(folder / "log.txt", "w") as log:
@@ -63,10 +67,12 @@ class Ray:
 
     def __init__(self, address: str, out: Path, algos: Path) -> None:
         """Connect to the cluster or, without an address, start one on this machine."""
-        self.out, self.algos = out, algos
+        self.out = out
+        self.algos = algos
         self.running: dict[Cell, tuple[ray.ObjectRef, IO]] = {}
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        handler, (host, _, port) = signal.getsignal(signal.SIGTERM), address.removeprefix("ray://").rpartition(":")
+        handler = signal.getsignal(signal.SIGTERM)
+        host, _, port = address.removeprefix("ray://").rpartition(":")
         try:
             if host:  # Ray itself would try for minutes
                 socket.create_connection((host, int(port)), timeout=10).close()
@@ -79,11 +85,14 @@ class Ray:
         self.told: dict[str, tuple[int, float | None]] = {}
 
     def start(self, cell: Cell, log: IO) -> None:
+        """Send a cell to the cluster; `log` is that from `own`."""
         script = self.algos / f"{cell.algo}.py"
         text = script.read_text() if script.exists() else None
-        self.running[cell] = self.task.remote(cell, text, self.board), log
+        task = self.task.remote(cell, text, run.commit_of(script), self.board)
+        self.running[cell] = (task, log)
 
     def ended(self) -> dict[Cell, int]:
+        """The cells that ended since the last call, with their exit codes."""
         tasks = {task: cell for cell, (task, _) in self.running.items()}
         ready, _ = ray.wait(list(tasks), num_returns=len(tasks), timeout=0) if tasks else ([], [])
         codes = {}
@@ -92,7 +101,9 @@ class Ray:
             try:
                 codes[cell], output, files = ray.get(task)
             except ray.exceptions.RayError as error:  # such as a node without memory
-                codes[cell], output, files = 1, str(error), {}
+                codes[cell] = 1
+                output = str(error)
+                files = {}
             run_dir = self.out / cell.name
             if "result.json" in files:
                 (run_dir / "checkpoint.pt").unlink(missing_ok=True)  # of another run
@@ -104,14 +115,16 @@ class Ray:
         return codes
 
     def progress(self, cells: list[Cell]) -> dict[Cell, tuple[int, float | None]]:
+        """How far each cell is, as the board says it."""
         with contextlib.suppress(ray.exceptions.RayError):  # the board's node may be lost
             self.told = ray.get(self.board.read.remote(), timeout=1)
         return {cell: self.told.get(cell.name, (0, None)) for cell in cells}
 
     def close(self) -> None:
+        """End what is running."""
         tasks = [task for task, _ in self.running.values()]
         for task in tasks:
             ray.cancel(task)
         if tasks:
-            ray.wait(tasks, num_returns=len(tasks), timeout=10)  # for their scripts to end
+            ray.wait(tasks, num_returns=len(tasks), timeout=run.PATIENCE + 10)  # for their scripts to end
         ray.shutdown()

@@ -10,7 +10,7 @@ import numpy as np
 from markupsafe import Markup, escape
 from plotly.offline import get_plotlyjs
 
-from benchmark import report
+from benchmark import markdown, report
 from benchmark.run import file_name
 
 SEEDS = ["Seed", "Evaluation", "Episodes", "Last 100 of training", "Steps/s", "Seconds", "Date", "Commit"]
@@ -23,12 +23,15 @@ def prose(text: str, label: str = r"\g<0>") -> Markup:
     return Markup(re.sub("`([^`]+)`", r"<code>\1</code>", text))
 
 
-def blocks(markdown: str) -> list[tuple[str, list[list[str]]]]:
-    """The paragraphs of a text, each as it is and, if it is a table, as rows of cells, head first."""
+def blocks(text: str) -> list[tuple[str, list[list[str]]]]:
+    """The paragraphs of a Markdown text, each as it is and, if it is a table, as rows of cells, head first."""
     found = []
-    for block in filter(None, markdown.strip().split("\n\n")):
-        rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in block.splitlines()]
-        found.append((block, rows[:1] + rows[2:] if block.startswith("|") else []))
+    for block in filter(None, text.strip().split("\n\n")):
+        rows = []
+        if block.startswith("|"):
+            rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in block.splitlines()]
+            del rows[1]  # the rule under the head
+        found.append((block, rows))
     return found
 
 
@@ -37,20 +40,24 @@ def traces(algo: str, runs: list[dict]) -> list[dict]:
     curves = [np.array(run["curve"]).T for run in runs if run["curve"]]
     if not curves:  # no episode ended
         return []
-    (colour, dash), name = report.styles()[algo], str(escape(algo))
+    colour, dash = report.styles()[algo]
+    name = str(escape(algo))
     x, y = zip(*(point for run in runs for point in [*run["curve"], (None, None)]))
     steps, returns = report.mean_curve(curves)
     common = dict(mode="lines", name=name, legendgroup=name)
     thin = dict(x=x, y=y, opacity=0.35, hoverinfo="skip", showlegend=False)
     shown = f"<b>{name}</b>, mean of {len(curves)}<br>%{{x:,}} steps<br>return %{{y:,.1f}}<extra></extra>"
     thick = dict(x=steps.round().tolist(), y=returns.round(2).tolist(), hovertemplate=shown)
-    return [common | given | dict(line=dict(color=colour, dash=dash, width=width))
-            for given, width in ((thin, 0.7), (thick, 2.5))]  # fmt: skip
+    thin["line"] = dict(color=colour, dash=dash, width=0.7)
+    thick["line"] = dict(color=colour, dash=dash, width=2.5)
+    return [common | thin, common | thick]
 
 
 def result(line: dict, runs: list[dict]) -> dict:
     """A row of the table of results: its anchor, its cells, and what it unfolds to."""
-    reference, name, cells = line["reference"], file_name(line["row"]), report.table_row(line)
+    reference = line["reference"]
+    name = file_name(line["row"])
+    cells = markdown.table_row(line)
     algo, *flags = cells[0].split(" --")
     cells[0] = Markup('<a class="opener" href="#{}">{}</a>').format(quote(name), algo)
     cells[0] += Markup().join(Markup("<br><small>--{}</small>").format(flag) for flag in flags)
@@ -69,7 +76,8 @@ def result(line: dict, runs: list[dict]) -> dict:
 
 def html(baselines: Path, references: dict[report.Row, dict[str, str]]) -> str:
     """The page; equal results give equal pages."""
-    kept, charts = report.read_baselines(baselines, *report.TABULATED), defaultdict(list)
+    kept = report.read_baselines(baselines, *report.TABULATED)
+    charts = defaultdict(list)
     for row, runs in kept.items():
         charts[row[1]] += traces(row[0], runs)
     every = [run for runs in kept.values() for run in runs]
@@ -80,11 +88,11 @@ def html(baselines: Path, references: dict[report.Row, dict[str, str]]) -> str:
     environment.filters["prose"] = prose
     environment.tests["number"] = re.compile(r"-?\d[\d.,]*( [\[(][^a-z]*[\])])?").fullmatch
     return environment.get_template("page.html").render(
-        head=[*report.HEAD[:-1], "Verdict"],
+        head=[*markdown.HEAD[:-1], "Verdict"],
         results=[result(line, kept[row]) for row, line in report.results(kept, references).items()],
         seeds_head=SEEDS,
         charts={env_id: lines for env_id, lines in charts.items() if lines},
-        comparisons=blocks(report.comparisons(baselines)),
+        comparisons=blocks(f"{markdown.paper_section(baselines)}\n{markdown.speed_section(baselines)}"),
         dates=sorted(run["date"] for run in every if "date" in run),
         facts="; ".join(f"{name} {', '.join(sorted(found))}" for name, found in facts.items() if found),
         plotly=get_plotlyjs(),

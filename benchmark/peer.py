@@ -20,6 +20,7 @@ SAME = """batch_size buffer_size ent_coef exploration_fraction gae_lambda gamma 
     max_grad_norm seed target_kl tau vf_coef"""
 NAMES |= {name: name for name in SAME.split()}
 ELSEWHERE = {"env_id", "num_envs", "total_timesteps", "norm_obs", "norm_reward", "exploration_noise"}
+ELSEWHERE |= {"anneal_lr"}  # which is off, for no peer anneals unless it is given a schedule
 
 
 def settings(kind: str, options: dict) -> dict:
@@ -46,7 +47,8 @@ def make_agent(kind: str, options: dict):
     from stable_baselines3.common.noise import NormalActionNoise
     from stable_baselines3.common.vec_env import VecNormalize
 
-    arguments, (library, name) = settings(kind, options), kind.split(".")
+    arguments = settings(kind, options)
+    library, name = kind.split(".")
     modules = map(import_module, ("sbx",) if library == "sbx" else ("stable_baselines3", "sb3_contrib"))
     make = next(getattr(module, name) for module in modules if hasattr(module, name))
     envs = make_vec_env(options["env_id"], options["num_envs"], seed=options["seed"])

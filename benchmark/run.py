@@ -1,14 +1,18 @@
 """Runs the cells of a suite, a few at a time, as processes of this machine or wherever else a launcher sends them."""
 
 import contextlib
+import importlib.metadata
 import json
+import math
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -22,6 +26,7 @@ except ImportError:  # Windows, where nothing keeps two harnesses from training 
     fcntl = None
 
 LINE_EVERY = 30  # seconds between the lines that take the place of the progress bar where there is no terminal
+PATIENCE = 30  # seconds that a script has to end when it is told to
 
 
 class Cell(NamedTuple):
@@ -40,10 +45,12 @@ class Cell(NamedTuple):
 
     @property
     def name(self) -> str:
+        """The name of the run directory."""
         return f"{file_name(self.row)}__{self.seed}"
 
 
 def file_name(row: tuple[str, str, int]) -> str:
+    """A table row as a part of file names."""
     return "__".join(map(str, row)).replace("/", "-").replace(" ", "")
 
 
@@ -57,6 +64,8 @@ def parse_seeds(text: str) -> list[int]:
 
 def suite_cells(suite: str, algo: str = "", env: str = "", seeds: str = "", steps: int = 0) -> list[Cell]:
     """The cells of a suite; algo and env choose among its rows, seeds and steps take the place of its own."""
+    if suite not in SUITES:
+        raise ValueError(f"there is no suite {suite!r}, but there are {', '.join(SUITES)}")
     cells = [
         Cell(name, env_id, steps or row_steps, seed, flags)
         for algos, env_id, row_steps, row_seeds, flags in SUITES[suite]
@@ -67,37 +76,118 @@ def suite_cells(suite: str, algo: str = "", env: str = "", seeds: str = "", step
     return list(dict.fromkeys(cells))
 
 
-def read_result(run_dir: Path) -> dict | None:
-    """What result.json holds, or None if the run is not finished."""
+def read_object(path: Path) -> dict:
+    """The JSON object in a file; raises ValueError with one sentence if the file holds anything else."""
     try:
-        return json.loads((run_dir / "result.json").read_text())
-    except (FileNotFoundError, json.JSONDecodeError):  # the latter: killed while it was written
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        content = None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged: it holds no JSON object")
+    return content
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file aside and put it in its place: an interruption leaves the old one or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f"{path.name}.tmp")
+    aside.write_text(text, encoding="utf-8")
+    aside.replace(path)
+
+
+def is_number(value: object) -> bool:
+    """Whether a value from a JSON file is a finite number; the file may also say NaN, which no bar would stop."""
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def read_result(run_dir: Path) -> dict | None:
+    """What result.json holds, or None if the run is not finished or the file is damaged."""
+    try:
+        result = read_object(run_dir / "result.json")
+    except (FileNotFoundError, ValueError):
         return None
+    numbers = [result.get(name) for name in ("eval_mean", "sps", "wall_time")]
+    returns = result.get("eval_returns")
+    if not isinstance(returns, list) or not returns or not all(map(is_number, numbers + returns)):
+        return None
+    return result
+
+
+def is_damaged(run_dir: Path) -> bool:
+    """Whether a run that was interrupted cannot be continued, because config.json or checkpoint.pt cannot be read."""
+    checkpoint = run_dir / "checkpoint.pt"
+    try:
+        config = read_object(run_dir / "config.json")
+    except FileNotFoundError:
+        return checkpoint.exists()
+    except ValueError:
+        return True
+    if "env_id" not in config:
+        return True
+    if not checkpoint.exists():
+        return False
+    try:
+        with zipfile.ZipFile(checkpoint) as archive:  # which is what torch.save writes
+            return archive.testzip() is not None
+    except Exception:  # there are many, since any byte may be wrong
+        return True
+
+
+def set_aside(run_dir: Path) -> None:
+    """Move the files of a damaged run into a folder of its directory, so that the next start is a first one."""
+    aside = run_dir / "damaged"
+    shutil.rmtree(aside, ignore_errors=True)
+    files = [path for path in run_dir.iterdir() if path.name not in ("log.txt", "lock")]  # these may be in use
+    aside.mkdir()
+    for path in files:
+        path.rename(aside / path.name)
+
+
+def commit_of(script: Path) -> str | None:
+    """The git commit that is checked out if it holds the script just as it is, else None."""
+    git = ["git", "-C", str(script.parent)]
+    try:
+        committed = subprocess.run([*git, "show", f"HEAD:./{script.name}"], capture_output=True)
+        if committed.returncode or committed.stdout != script.read_bytes():
+            return None
+        return subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
+    except FileNotFoundError:  # git or the script
+        return None
+
+
+def write_origin(run_dir: Path, commit: str | None) -> None:
+    """Note in origin.json what a run is made with: the versions of all packages and the commit of the script."""
+    names = {package.name for package in importlib.metadata.distributions()} - {None}  # what pip could not remove
+    versions = {name: importlib.metadata.version(name) for name in sorted(names)}
+    replace_text(run_dir / "origin.json", json.dumps(dict(git_commit=commit, versions=versions), indent=1))
 
 
 def progress(run_dir: Path) -> tuple[int, float | None]:
     """The global step and the last episodic return, if there is one, at the end of metrics.jsonl."""
     try:
         with open(run_dir / "metrics.jsonl", "rb") as file:
-            start = max(file.seek(0, os.SEEK_END) - 4096, 0)
-            file.seek(start)
-            lines = [json.loads(line) for line in file.read().split(b"\n")[bool(start) : -1]]  # the others are torn
-    except (FileNotFoundError, ValueError):  # the latter: torn by a crash of the machine
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(size - 4096, 0))
+            lines = file.read().split(b"\n")[:-1]  # the last one may be half written
+        if size > 4096:
+            del lines[:1]  # its beginning was not read
+        points = [(line["global_step"], line["episodic_return"]) for line in map(json.loads, lines)]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):  # all but the first: damaged by a crash of the machine
         return 0, None
-    returns = [line["episodic_return"] for line in lines if line["episodic_return"] is not None]
-    return lines[-1]["global_step"] if lines else 0, returns[-1] if returns else None
+    if not points:
+        return 0, None
+    returns = [episodic_return for _, episodic_return in points if episodic_return is not None]
+    return points[-1][0], returns[-1] if returns else None
 
 
 def command(cell: Cell, run_dir: Path, algos: Path) -> list[str]:
     """The command line that starts the cell or, if there is a checkpoint, continues it."""
-    script = [sys.executable, str(algos / f"{cell.algo}.py")]
+    words = [sys.executable, str(algos / f"{cell.algo}.py")]
     if (run_dir / "checkpoint.pt").exists():
-        return [*script, "--resume", str(run_dir)]
-    options = {"env-id": cell.env_id, "seed": cell.seed, "total-timesteps": cell.steps, "run-dir": run_dir}
-    options |= {"torch-threads": 1}  # processes side by side beat threads
-    return (
-        script + [str(word) for key, value in options.items() for word in (f"--{key}", value)] + shlex.split(cell.flags)
-    )
+        return [*words, "--resume", str(run_dir)]
+    words += ["--env-id", cell.env_id, "--seed", str(cell.seed), "--total-timesteps", str(cell.steps)]
+    words += ["--run-dir", str(run_dir), "--torch-threads", "1"]  # processes side by side beat threads
+    return words + shlex.split(cell.flags)
 
 
 def spawn(cell: Cell, run_dir: Path, algos: Path, log: IO) -> subprocess.Popen:
@@ -107,13 +197,26 @@ def spawn(cell: Cell, run_dir: Path, algos: Path, log: IO) -> subprocess.Popen:
 
 
 def terminate(processes: list[subprocess.Popen]) -> None:
-    """End processes from `spawn` that have not ended by themselves."""
+    """End processes from `spawn` that have not ended by themselves; they get a while to save their checkpoints."""
     alive = [process for process in processes if process.poll() is None]
     for process in alive:
-        with contextlib.suppress(ProcessLookupError):
-            getattr(os, "killpg", os.kill)(process.pid, signal.SIGTERM)
+        end(process, at_once=False)
+    deadline = time.monotonic() + PATIENCE
     for process in alive:
-        process.wait()
+        try:
+            process.wait(max(deadline - time.monotonic(), 0))
+        except subprocess.TimeoutExpired:
+            end(process, at_once=True)
+            process.wait()
+
+
+def end(process: subprocess.Popen, at_once: bool) -> None:
+    """Tell a process from `spawn` and its own workers to end, or end them."""
+    if not hasattr(os, "killpg"):  # Windows
+        process.kill()
+        return
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL if at_once else signal.SIGTERM)
 
 
 def own(run_dir: Path) -> IO | None:
@@ -136,13 +239,16 @@ class Local:
     """Launches cells as processes of this machine."""
 
     def __init__(self, out: Path, algos: Path) -> None:
-        self.out, self.algos = out, algos
+        self.out = out
+        self.algos = algos
         self.running: dict[Cell, subprocess.Popen] = {}
 
     def start(self, cell: Cell, log: IO) -> None:
         """Start a cell or, if there is a checkpoint, continue it; `log` is that from `own`."""
+        run_dir = self.out / cell.name
         with log:
-            self.running[cell] = spawn(cell, self.out / cell.name, self.algos, log)
+            write_origin(run_dir, commit_of(self.algos / f"{cell.algo}.py"))
+            self.running[cell] = spawn(cell, run_dir, self.algos, log)
 
     def ended(self) -> dict[Cell, int]:
         """The cells that ended since the last call, with their exit codes."""
@@ -161,11 +267,19 @@ class Local:
 
 
 def run_cells(cells: list[Cell], workers: int, out: Path, launcher: Local) -> list[Cell]:
-    """Train the cells that are not finished yet, `workers` at once; returns those that failed."""
+    """Train the cells that are not finished yet, `workers` at once; returns those that failed.
+
+    A cell that refuses to continue a damaged run starts afresh, but only once.
+    """
     waiting = [cell for cell in cells if read_result(out / cell.name) is None]
     failed: list[Cell] = []
-    foreign: set[Cell] = set()
-    count, total = len(cells) - len(waiting), sum(cell.steps for cell in cells)
+    foreign: set[Cell] = set()  # what another process was seen to train
+    afresh: set[Cell] = set()  # what was found damaged
+    total = sum(cell.steps for cell in cells)
+    count = len(cells) - len(waiting)
+    terminal = sys.stderr.isatty()
+    next_look = 0.0
+    next_line = time.monotonic() + LINE_EVERY
 
     def tell(text: str) -> None:
         tqdm.write(text, file=sys.stderr)
@@ -173,43 +287,58 @@ def run_cells(cells: list[Cell], workers: int, out: Path, launcher: Local) -> li
     def steps_done(seen: dict[Cell, tuple[int, float | None]]) -> int:
         return total - sum(max(cell.steps - step, 0) for cell, (step, _) in seen.items())
 
-    terminal, next_look, next_line = sys.stderr.isatty(), 0.0, time.monotonic() + LINE_EVERY
-    plain = "{percentage:.0f}% of {total_fmt} steps, {rate_fmt}, {remaining} left{postfix}"
-    options: dict = dict(unit=" steps", unit_scale=True, dynamic_ncols=True, bar_format=None if terminal else plain)
-    options |= dict(total=total, initial=steps_done(launcher.progress(waiting)))
+    options: dict = dict(total=total, initial=steps_done(launcher.progress(waiting)), unit=" steps", unit_scale=True)
+    options |= dict(dynamic_ncols=True)
+    if not terminal:  # the bar is drawn nowhere, but its text is the line that is told now and then
+        options |= dict(bar_format="{percentage:.0f}% of {total_fmt} steps, {rate_fmt}, {remaining} left{postfix}")
     with open(os.devnull, "w") as nowhere, tqdm(**options, file=sys.stderr if terminal else nowhere) as bar:
         while waiting or launcher.running:
             ended: dict[Cell, int] = {}
             for cell in waiting[:]:
                 if len(launcher.running) >= workers:
                     break
-                if log := own(out / cell.name):
-                    waiting.remove(cell)
-                    if read_result(out / cell.name):  # by the process that was waited for
-                        log.close()
-                        ended[cell] = 0
-                    else:
-                        launcher.start(cell, log)
-                elif cell not in foreign:
-                    foreign.add(cell)
-                    tell(f"{cell.name}: another process trains it, which is waited for")
+                run_dir = out / cell.name
+                log = own(run_dir)
+                if log is None:
+                    if cell not in foreign:
+                        foreign.add(cell)
+                        tell(f"{cell.name}: another process trains it, which is waited for")
+                    continue
+                waiting.remove(cell)
+                if read_result(run_dir) is not None:  # by the process that was waited for
+                    log.close()
+                    ended[cell] = 0
+                    continue
+                if cell in afresh and is_damaged(run_dir):
+                    set_aside(run_dir)
+                launcher.start(cell, log)
             time.sleep(0.1)
-            for cell, code in (ended | launcher.ended()).items():
-                count, next_look = count + 1, 0.0
-                result = read_result(out / cell.name)
+            ended |= launcher.ended()
+            for cell, code in ended.items():
+                next_look = 0.0
+                run_dir = out / cell.name
+                if code == 2 and cell not in afresh and is_damaged(run_dir):
+                    afresh.add(cell)
+                    waiting.append(cell)
+                    tell(f"{cell.name} is damaged and starts afresh; its files are kept in {run_dir / 'damaged'}")
+                    continue
+                count += 1
+                result = read_result(run_dir)
                 if code or result is None:
                     failed.append(cell)
-                    lines = (out / cell.name / "log.txt").read_text(errors="replace").splitlines()[-8:]
-                    tell("\n    ".join([f"{cell.name} failed with exit code {code}:", *lines]))
+                    reason = f"exit code {code}" if code else "an incomplete result.json"
+                    lines = (run_dir / "log.txt").read_text(errors="replace").splitlines()[-8:]
+                    tell("\n    ".join([f"{cell.name} failed with {reason}:", *lines]))
                 else:
-                    score, seconds = result["eval_mean"], result["wall_time"]
-                    tell(f"{cell.name}: {score:.1f} in {seconds:.0f} s, {count} of {len(cells)}")
+                    told = f"{result['eval_mean']:.1f} in {result['wall_time']:.0f} s"
+                    tell(f"{cell.name}: {told}, {count} of {len(cells)}")
             if time.monotonic() >= next_look:
                 next_look = time.monotonic() + 1
                 seen = launcher.progress([*launcher.running, *waiting])
-                scores = [(cell, seen[cell][1]) for cell in launcher.running if seen[cell][1] is not None]
                 bar.n = steps_done(seen)
-                bar.set_postfix_str(", ".join(f"{' '.join(cell.row[:2])} {cell.seed}: {x:.1f}" for cell, x in scores))
+                scores = {cell: seen[cell][1] for cell in launcher.running if seen[cell][1] is not None}
+                told = [f"{' '.join(cell.row[:2])} {cell.seed}: {score:.1f}" for cell, score in scores.items()]
+                bar.set_postfix_str(", ".join(told))
             if not terminal and time.monotonic() >= next_line:
                 next_line = time.monotonic() + LINE_EVERY
                 tell(str(bar))

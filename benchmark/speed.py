@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -19,6 +19,7 @@ from statistics import median
 
 from tqdm import tqdm
 
+from benchmark.run import read_object, replace_text
 from benchmark.tasks import OURS, TASKS, Task
 
 FOLDER = Path(__file__).parent
@@ -26,13 +27,16 @@ ALGOS = FOLDER.parent / "algos"
 PEERS = dict(sb3=("stable-baselines3", "sb3-contrib"), sbx=("sbx-rl", "jax"))  # packages, an environment for each peer
 
 
-def select(algo: str, env: str, peers: list[str]) -> list[Task]:
+def select(algo: str, env: str, peers: Sequence[str]) -> list[Task]:
     """The tasks of a script and an environment, "" for all, each with those of its classes that are of the peers."""
-    chosen = [task._replace(peers=" ".join(kind for kind in task.peers.split() if kind.split(".")[0] in peers))
-              for task in TASKS if algo in ("", task.script) and env in ("", task.env_id)]  # fmt: skip
-    if not any(task.peers for task in chosen):
+    chosen = []
+    for task in TASKS:
+        kinds = [kind for kind in task.peers.split() if kind.split(".")[0] in peers]
+        if kinds and algo in ("", task.script) and env in ("", task.env_id):
+            chosen.append(task._replace(peers=" ".join(kinds)))
+    if not chosen:
         raise ValueError("speed has no task with this algorithm, environment and peers")
-    return [task for task in chosen if task.peers]
+    return chosen
 
 
 @contextmanager
@@ -61,7 +65,8 @@ def timed(words: list[str], **variables: str) -> dict:
         except BaseException:
             process.kill()
             raise
-        seconds, process.returncode = time.perf_counter() - start, os.waitstatus_to_exitcode(status)
+        seconds = time.perf_counter() - start
+        process.returncode = os.waitstatus_to_exitcode(status)
         output.seek(0)
         text = output.read()
     if process.returncode:
@@ -76,7 +81,10 @@ def run_ours(script: Path, options: dict, seed: int, **variables: str) -> dict:
     words = [sys.executable, str(script), "--torch-threads", "1"]
     for key, value in (options | dict(seed=seed)).items():
         name = key.replace("_", "-")
-        words += [f"--{'' if value else 'no-'}{name}"] if isinstance(value, bool) else [f"--{name}", str(value)]
+        if isinstance(value, bool):
+            words.append(f"--{name}" if value else f"--no-{name}")
+        else:
+            words += [f"--{name}", str(value)]
     with tempfile.TemporaryDirectory() as run_dir:
         measured = timed([*words, "--run-dir", run_dir], **variables)
         return measured | json.loads(Path(run_dir, "result.json").read_text())
@@ -115,9 +123,12 @@ def make_peer(peer: str) -> str:
 
 
 def cpu_name() -> str:
+    """The processor's name where Linux tells it, else its architecture."""
     info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    for line in info.read_text().splitlines() if info.exists() else []:
+        if line.startswith("model name"):
+            return line.split(":")[1].strip()
+    return platform.machine()
 
 
 def machine() -> dict:
@@ -133,13 +144,6 @@ def peer_versions(peer: str, python: str, ours: dict) -> dict:
     return {name: version for name, version in found.items() if ours.get(name) != version}
 
 
-def keep(path: Path, found: dict) -> None:
-    """Write the file, atomically: an interruption leaves the old one or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.with_suffix(".tmp").write_text(json.dumps(found, indent=1) + "\n")
-    path.with_suffix(".tmp").replace(path)
-
-
 def measure(
     path: Path, tasks: list[Task], pythons: dict[str, str], rounds: int, steps: int, seeds: list[int], anew: bool
 ) -> dict:
@@ -148,7 +152,8 @@ def measure(
     `pythons` are the interpreters of the peers. Kept rounds count if they are of the same script and options; those
     of another machine or other versions are dropped.
     """
-    here, found = machine(), json.loads(path.read_text()) if path.exists() else {}
+    here = machine()
+    found = read_object(path) if path.exists() else {}
     if any(found.get(key) != value for key, value in here.items()):
         found = here | dict(peers={}, tasks={}, first_success=[])
     for peer, python in pythons.items():
@@ -158,9 +163,11 @@ def measure(
             found["peers"][peer] = versions
     with one_core():
         for task, kind in [(each, kind) for each in tasks for kind in each.peers.split()]:
-            script, key = ALGOS / f"{task.script}.py", f"{task.script} {kind} {task.env_id}"
-            theirs, text = task.at(steps) | task.extra, script.read_bytes()
-            what = dict(steps=steps or task.steps, options=theirs, sha256=hashlib.sha256(text).hexdigest())
+            key = f"{task.script} {kind} {task.env_id}"
+            script = ALGOS / f"{task.script}.py"
+            version = hashlib.sha256(script.read_bytes()).hexdigest()
+            theirs = task.at(steps) | task.extra
+            what = dict(steps=steps or task.steps, options=theirs, sha256=version)
             entry = found["tasks"].get(key, {})
             if anew or any(entry.get(name) != value for name, value in what.items()):
                 entry = what | dict(ours=[], peer=[])
@@ -168,18 +175,20 @@ def measure(
             peer = partial(run_peer, pythons[kind.split(".")[0]], kind, theirs)
             for _ in in_turn(key, ours, peer, rounds, entry):
                 found["tasks"][key] = entry
-                keep(path, found)
+                replace_text(path, json.dumps(found, indent=1) + "\n")
     if seeds and any(task[:2] == ("ppo_clip", "CartPole-v1") for task in tasks):  # as a user would type it
         runs = [run_ours(ALGOS / "ppo_clip.py", dict(env_id="CartPole-v1"), seed) for seed in seeds]
         found["first_success"] = [{key: run[key] for key in ("seed", "seconds", "eval_mean")} for run in runs]
-        keep(path, found)
+        replace_text(path, json.dumps(found, indent=1) + "\n")
     return found
 
 
 def against(revision: str, tasks: list[Task], rounds: int, steps: int) -> None:
     """Print how our scripts compare with those of a git revision, a row as soon as it is known."""
     with tempfile.TemporaryDirectory() as folder, one_core():
-        now, then = shutil.copytree(ALGOS, Path(folder, "now")), Path(folder, "then")
+        now = Path(folder, "now")
+        then = Path(folder, "then")
+        shutil.copytree(ALGOS, now)
         then.mkdir()
         for script in {f"{task.script}.py" for task in tasks}:
             shown = subprocess.run(["git", "-C", str(ALGOS), "show", f"{revision}:./{script}"], capture_output=True)
@@ -188,10 +197,11 @@ def against(revision: str, tasks: list[Task], rounds: int, steps: int) -> None:
             (then / script).write_bytes(shown.stdout)
         print(HEAD)
         for task in tasks:
-            script, options = f"{task.script}.py", task.at(steps) | OURS
-            runs = [  # the compiler's caches apart, so that neither side profits from the other
-                partial(run_ours, side / script, options, TORCHINDUCTOR_CACHE_DIR=str(side)) for side in (now, then)
-            ]
+            options = task.at(steps) | OURS
+            runs = []
+            for side in (now, then):
+                cache = str(side)  # the compiler's caches apart, so that neither side profits from the other
+                runs.append(partial(run_ours, side / f"{task.script}.py", options, TORCHINDUCTOR_CACHE_DIR=cache))
             entry: dict = dict(steps=steps or task.steps, ours=[], peer=[])
             try:
                 for _ in in_turn(f"{task.script} {task.env_id}", *runs, rounds, entry):
@@ -205,20 +215,32 @@ HEAD = "| Script | Against | Environment | Steps | ours, steps/s | theirs, steps
 HEAD += "\n|" + "---|" * 8
 
 
+def middle(entry: dict, side: str, name: str) -> float:
+    """The median of a figure over the runs of a side, "ours" or "peer"."""
+    return median(run[name] for run in entry[side])
+
+
+def ratio(entry: dict) -> float:
+    """How many times as fast as the other side we are."""
+    return middle(entry, "ours", "sps") / middle(entry, "peer", "sps")
+
+
 def row(script: str, peer: str, env_id: str, entry: dict) -> str:
     """A line of the table: medians, and the range of the ratio over the rounds."""
-    ours, theirs = ([run["sps"] for run in entry[side]] for side in ("ours", "peer"))
-    ratios = [a / b for a, b in zip(ours, theirs)]
+    ratios = [ours["sps"] / theirs["sps"] for ours, theirs in zip(entry["ours"], entry["peer"])]
     spread = f" [{min(ratios):.2f}, {max(ratios):.2f}], {len(ratios)} runs" if len(ratios) > 1 else ", one run"
-    memory = " against ".join(f"{median(run['peak_mib'] for run in entry[side]):.0f}" for side in ("ours", "peer"))
-    speeds = f"{entry['steps']:,} | {median(ours):,.0f} | {median(theirs):,.0f}"
-    return f"| {script} | {peer} | {env_id} | {speeds} | {median(ours) / median(theirs):.2f}{spread} | {memory} |"
+    memory = f"{middle(entry, 'ours', 'peak_mib'):.0f} against {middle(entry, 'peer', 'peak_mib'):.0f}"
+    speeds = f"{entry['steps']:,} | {middle(entry, 'ours', 'sps'):,.0f} | {middle(entry, 'peer', 'sps'):,.0f}"
+    return f"| {script} | {peer} | {env_id} | {speeds} | {ratio(entry):.2f}{spread} | {memory} |"
 
 
 def summary(found: dict) -> str:
     """The measurements as Markdown."""
     groups = {"equal hyperparameters": found["versions"]} | found["peers"]
-    versions = [f"{name}: {', '.join(map(' '.join, group.items()))}" for name, group in groups.items()]
+    versions = []
+    for name, group in groups.items():
+        packages = [f"{package} {version}" for package, version in group.items()]
+        versions.append(f"{name}: {', '.join(packages)}")
     text = f"{found['cpu']}, one thread, {'; '.join(versions)}.\n\n{HEAD}\n"
     order = [f"{task.script} {kind} {task.env_id}" for task in TASKS for kind in task.peers.split()]
     for key in sorted(found["tasks"], key=lambda key: order.index(key) if key in order else len(order)):

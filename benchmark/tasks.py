@@ -18,8 +18,8 @@ class Task(NamedTuple):
         return self.options | dict(env_id=self.env_id, total_timesteps=steps or self.steps)
 
 
-OURS = dict(anneal_lr=False, eval_episodes=1)  # no peer does the former, nobody counts the latter
-PLAIN = dict(gamma=0.99, hidden_size=64, norm_obs=False, norm_reward=False)
+OURS = dict(eval_episodes=1)  # the evaluation is not measured
+PLAIN = dict(gamma=0.99, hidden_size=64, norm_obs=False, norm_reward=False, anneal_lr=False)
 MUJOCO = dict(num_envs=1, num_steps=2048, norm_obs=True, norm_reward=True)
 GRADIENT = PLAIN | dict(vf_coef=0.5, ent_coef=0.0, max_grad_norm=0.5)
 PPO = GRADIENT | dict(learning_rate=3e-4, gae_lambda=0.95)
@@ -27,11 +27,13 @@ A2C = GRADIENT | dict(learning_rate=7e-4)
 TRPO = PLAIN | dict(learning_rate=1e-3, gae_lambda=0.95, update_epochs=10, cg_iterations=10, damping=0.1)
 PPO_CARTPOLE = PPO | dict(num_envs=4, num_steps=128, update_epochs=4, num_minibatches=4)
 TRPO_CARTPOLE = TRPO | dict(num_envs=4, num_steps=256, num_minibatches=8)
-CLIP, GAE, KL = dict(clip_coef=0.2), dict(gae_lambda=0.95), dict(target_kl=0.01)
+CLIP = dict(clip_coef=0.2)
+GAE = dict(gae_lambda=0.95)
+KL = dict(target_kl=0.01)
 REPLAY = dict(gamma=0.99, learning_starts=1000)
 DQN = REPLAY | dict(num_envs=4, learning_rate=1e-3, hidden_size=64, buffer_size=100_000, batch_size=64,
     train_frequency=4, target_network_frequency=250, start_e=1.0, end_e=0.05, exploration_fraction=0.2,
-    max_grad_norm=10.0)  # fmt: skip
+    max_grad_norm=10.0, anneal_lr=False)  # fmt: skip
 SAC = REPLAY | dict(num_envs=1, learning_rate=3e-4, hidden_size=256, buffer_size=1_000_000, batch_size=256,
     train_frequency=1, tau=0.005)  # fmt: skip
 DDPG = SAC | dict(exploration_noise=0.1)

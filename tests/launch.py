@@ -3,6 +3,7 @@
 import atexit
 import multiprocessing
 import os
+import resource
 import runpy
 import signal
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 
 TINY = dict(  # settings for a run of a second; a script takes those that it has
     num_envs=2, num_steps=16, num_minibatches=2, update_epochs=1, eval_episodes=2, torch_threads=1,
-    batch_size=16, buffer_size=1000, learning_starts=32, hidden_size=16, log_every=64,
+    batch_size=16, buffer_size=1000, learning_starts=32, hidden_size=16, log_every=64, compile=False,
 )  # fmt: skip
 
 SERVER = multiprocessing.get_context("forkserver")
@@ -21,8 +22,7 @@ SERVER.set_forkserver_preload(
 
 def tiny(module, **settings) -> dict:
     """TINY and `settings`, as far as the script has such flags."""
-    known = vars(module.Args()).keys()
-    return {name: value for name, value in (TINY | settings).items() if name in known}
+    return {name: value for name, value in (TINY | settings).items() if hasattr(module.Args, name)}
 
 
 def flags(settings: dict) -> list[str]:
@@ -34,21 +34,25 @@ def flags(settings: dict) -> list[str]:
     return line
 
 
-def _main(script: str, argv: list[str], cwd: str, output: list[str], environ: dict, path: list[str], hide: str) -> None:
-    for number, file in enumerate(output, 1):
+def _main(task: dict) -> None:
+    for number, file in enumerate(task["output"], 1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
-    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
+    sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
+    sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
-    os.chdir(cwd)
-    for name, value in environ.items():
+    os.chdir(task["cwd"])
+    for name, value in task["environ"].items():
         os.environ.pop(name, None) if value is None else os.environ.update({name: value})
-    if hide:
-        for name in [name for name in sys.modules if name.split(".")[0] == hide]:
+    if task["hide"]:
+        for name in [name for name in sys.modules if name.split(".")[0] == task["hide"]]:
             del sys.modules[name]
-        sys.modules[hide] = None
-    sys.path[:0], sys.argv = path, [script, *argv]
+        sys.modules[task["hide"]] = None
+    if task["disk"]:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (task["disk"], task["disk"]))
+    sys.path[:0] = task["path"]
+    sys.argv = task["argv"]
     try:
-        runpy.run_path(script, run_name="__main__")
+        runpy.run_path(sys.argv[0], run_name="__main__")
     finally:
         atexit._run_exitfuncs()  # multiprocessing leaves them out
 
@@ -57,14 +61,24 @@ class Process:
     """`python script *argv` in the folder cwd, under way.
 
     `environ` changes the environment (None takes a variable away), `path` goes before the module search path, the
-    package `hide` cannot be imported, and with `terminal`, the path of one, both streams go there.
+    package `hide` cannot be imported, with `terminal`, the path of one, both streams go there, and no file can grow
+    beyond `disk` bytes.
     """
 
-    def __init__(self, script: Path, argv: list, cwd: Path, environ=None, path=(), hide: str = "", terminal: str = ""):
+    def __init__(
+        self, script: Path, argv: list, cwd: Path, environ=None, path=(), hide: str = "", terminal: str = "", disk=0
+    ):
         self.files = [] if terminal else [Path(cwd, f".{os.urandom(4).hex()}.{name}") for name in ("out", "err")]
-        output = [terminal] * 2 if terminal else [str(file) for file in self.files]
-        task = str(script), [str(arg) for arg in argv], str(cwd), output, environ or {}, [str(p) for p in path], hide
-        self.process = SERVER.Process(target=_main, args=task)
+        task = dict(
+            argv=[str(arg) for arg in (script, *argv)],
+            cwd=str(cwd),
+            output=[terminal] * 2 if terminal else [str(file) for file in self.files],
+            environ=environ or {},
+            path=[str(folder) for folder in path],
+            hide=hide,
+            disk=disk,
+        )
+        self.process = SERVER.Process(target=_main, args=(task,))
         self.process.start()
         self.pid = self.process.pid
 
@@ -75,7 +89,8 @@ class Process:
         if late:
             self.process.kill()
             self.process.join()
-        self.rc, (self.out, self.err) = self.process.exitcode, [f.read_bytes().decode() for f in self.files] or ["", ""]
+        self.rc = self.process.exitcode
+        self.out, self.err = [file.read_bytes().decode() for file in self.files] or ["", ""]
         for file in self.files:
             file.unlink()
         assert not late, f"still running after {seconds} s\n{self.out}\n{self.err}"

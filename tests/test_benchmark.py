@@ -1,5 +1,8 @@
-"""The harness: statistics against brute force, cells against a fake script, the README against stored results."""
+"""The harness: statistics against brute force, cells against a fake script, its texts against stored results."""
 
+import dataclasses
+import importlib.metadata
+import inspect
 import itertools
 import json
 import os
@@ -13,9 +16,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmark import report
-from benchmark.__main__ import main
-from benchmark.run import Cell, command, parse_seeds, suite_cells
+from benchmark import markdown, report
+from benchmark.__main__ import COMMANDS, main
+from benchmark.run import Cell, command, parse_seeds, read_result, suite_cells
 from benchmark.suites import SUITES
 
 ROOT = Path(__file__).parent.parent
@@ -37,12 +40,13 @@ if args.env_id == "Broken-v0" and args.seed == 1:
     sys.exit("the reason")
 if args.env_id == "Slow-v0":
     time.sleep(60)
-config = vars(args) | dict(versions=dict(torch="0", tqdm="1"), git_commit=None)
+config = vars(args) | dict(algo="fake", torch="0", gymnasium="0")
 (run_dir / "config.json").write_text(json.dumps(config))
 lines = [dict(global_step=i, episodes=i % 3, episodic_return=float(i) if i % 3 else None) for i in range(500)]
 (run_dir / "metrics.jsonl").write_text("\\n".join(map(json.dumps, lines)))
 score = args.seed * 10 + args.bonus
 result = dict(seed=args.seed, eval_returns=[score], eval_mean=score, train_return=1.0, sps=100.0, wall_time=1.0)
+result |= dict(trained_steps=args.total_timesteps, eval_cut=0)
 (run_dir / "result.json").write_text(json.dumps(result))
 """
 
@@ -51,7 +55,7 @@ result = dict(seed=args.seed, eval_returns=[score], eval_mean=score, train_retur
 def bench(tmp_path, monkeypatch):
     """Calls the command line with a suite `toy` of a fake algorithm, whose return is 10 times the seed."""
     (tmp_path / "fake.py").write_text(FAKE)
-    (tmp_path / "README.md").write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    (tmp_path / "README.md").write_text(f"before\n{markdown.BEGIN}\nold\n{markdown.END}\nafter\n")
     for suite in list(SUITES):
         monkeypatch.setitem(SUITES, suite, [])
     monkeypatch.setattr(report, "TABULATED", ["toy"])
@@ -63,8 +67,9 @@ def bench(tmp_path, monkeypatch):
     def call(name: str, *words: str, bar: str = "") -> int:
         head = "algorithm,env_id,steps,bar,best_published,seeds,protocol,source,note"
         (tmp_path / "references.csv").write_text(f"{head}\nfake,Toy/Env-v0,1000,{bar},30,1,single run,a/b@c:d,note\n")
-        files = dict(run=["out", "algos"], report=["runs", "baselines", "readme", "page"])[name]
-        places = dict(out="runs", algos=".", runs="runs", baselines="baselines", readme="README.md", page="page.html")
+        files = dict(run=["out", "algos"], report=["runs", "baselines", "readme", "results", "page"])[name]
+        places = dict(out="runs", algos=".", runs="runs", baselines="benchmark/baselines", readme="README.md")
+        places |= dict(results="benchmark/RESULTS.md", page="page.html")
         paths = [word for flag in files for word in (f"--{flag}", str(tmp_path / places[flag]))]
         return main([name, "--references", str(tmp_path / "references.csv"), *paths, *words])
 
@@ -133,6 +138,36 @@ def test_failures_are_told_and_do_not_stop_the_rest(bench, tmp_path, capsys):
     assert bench("run", "--suite", "toy", "--algo", "other") == 2
 
 
+def test_a_suite_that_is_not_there_is_refused_and_help_names_those_that_are(bench, capsys):
+    assert bench("run", "--suite", "top") == 2
+    assert capsys.readouterr().err.startswith("benchmark: there is no suite 'top', but there are ci, ")
+    for name in ("run", "check"):
+        with pytest.raises(SystemExit) as ended:
+            main([name, "--help"])
+        assert ended.value.code == 0
+        text = capsys.readouterr().out
+        assert [suite for suite in SUITES if suite != "toy" and suite not in text] == []
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_is_the_comment_behind_every_field(capsys, name):
+    with pytest.raises(SystemExit) as ended:
+        main([name, "--help"])
+    assert ended.value.code == 0
+    shown = " ".join(re.sub("[│─╭╮╰╯]", " ", capsys.readouterr().out).split())
+    comments = re.findall(r"^    \w+: .*  # (.+)$", inspect.getsource(COMMANDS[name]), re.MULTILINE)
+    assert len(comments) == len(dataclasses.fields(COMMANDS[name]))
+    assert [comment for comment in comments if comment not in shown] == []
+
+
+@pytest.mark.parametrize("words", ["run --suite ci --workers many", "speed --peers jax", "run", "rum", ""])
+def test_bad_command_lines_end_in_code_2(capsys, words):
+    with pytest.raises(SystemExit) as ended:
+        main(words.split())
+    assert ended.value.code == 2
+    assert capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("bar", "code", "verdict"), [("25", 0, "PASS"), ("25.1", 1, "FAIL"), ("", 0, "-")])
 def test_exit_code_tells_the_bar(bench, capsys, bar, code, verdict):
     assert bench("run", "--suite", "toy", "--env", "Toy/Env-v0", "--workers", "4", bar=bar) == code
@@ -146,38 +181,141 @@ def test_too_few_seeds_prove_nothing(bench, capsys):
     assert "| short |" in capsys.readouterr().out
 
 
-def test_report_keeps_results_and_check_finds_a_stale_readme(bench, tmp_path, capsys):
+def test_report_keeps_results_and_check_finds_stale_files(bench, tmp_path, capsys):
     bench("run", "--suite", "toy", "--env", "Toy/Env-v0", "--workers", "4")
     assert bench("report", "--check") == 1
     assert "old" in (tmp_path / "README.md").read_text()
-    assert not (tmp_path / "baselines").exists()
+    assert not (tmp_path / "benchmark").exists()
     assert bench("report") == 0
     readme = (tmp_path / "README.md").read_text()
-    assert readme.startswith(f"before\n{report.BEGIN}\n| Algorithm")
-    assert readme.endswith(f"{report.END}\nafter\n")
-    assert "25.0 [" in readme
-    assert "a/b@c:d" in readme
-    assert bench("report", "--check") == 0
-    path = tmp_path / "baselines" / "fake__Toy-Env-v0__1000.json"
+    assert readme.startswith(f"before\n{markdown.BEGIN}\n| Script ")
+    assert readme.endswith(f"{markdown.END}\nafter\n")
+    assert "| fake   | Toy/Env 1k: 25.0 (30.0) " in readme
+    results = (tmp_path / "benchmark" / "RESULTS.md").read_text()
+    assert "25.0 [" in results
+    assert "a/b@c:d" in results
+    path = tmp_path / "benchmark" / "baselines" / "fake__Toy-Env-v0__1000.json"
     kept = json.loads(path.read_text())
     assert [run["seed"] for run in kept["seeds"]] == [1, 2, 3, 4]
-    assert kept["seeds"][0]["versions"] == {"torch": "0"}
+    assert "torch" not in kept["hyperparameters"]
     assert len(kept["seeds"][0]["curve"]) == 100
     assert kept["seeds"][0]["curve"][-1][0] == 499
-    picture = tmp_path / "baselines" / "curves" / "Toy-Env-v0.svg"
-    assert f'src="benchmark/{picture.relative_to(tmp_path)}"' in readme
-    before = picture.read_bytes(), path.read_bytes()
+    picture = tmp_path / "benchmark" / "baselines" / "curves" / "Toy-Env-v0.svg"
+    assert f'src="{picture.relative_to(tmp_path / "benchmark")}"' in results
+    before = [file.read_bytes() for file in (picture, path)]
+    assert bench("report", "--check") == 0
     assert bench("report") == 0
-    assert before == (picture.read_bytes(), path.read_bytes())
+    assert [file.read_bytes() for file in (picture, path)] == before
     path.write_text(path.read_text().replace('"eval_mean": 20', '"eval_mean": 24'))
     assert bench("report", "--check") == 1
+
+
+@pytest.mark.parametrize("name", ["README.md", "benchmark/RESULTS.md"])
+def test_one_stale_file_is_enough(bench, tmp_path, capsys, name):
+    bench("run", "--suite", "toy", "--env", "Toy/Env-v0", "--workers", "4")
+    bench("report")
+    text = (tmp_path / name).read_text()
+    (tmp_path / name).write_text(text.replace("25.0", "26.0"))
+    capsys.readouterr()
+    assert bench("report", "--check") == 1
+    told = [line.split(" is ")[1].split(":")[0] for line in capsys.readouterr().out.splitlines()]
+    assert sorted(told) == ["current", "stale"]
+    assert "26.0" in (tmp_path / name).read_text(), "--check writes nothing"
+    (tmp_path / name).write_text(text.replace("after", "after, changed by hand"))
+    assert bench("report", "--check") == 0, "what stands outside of the marks is nobody's result"
+
+
+def test_where_a_run_comes_from_is_kept(bench, tmp_path):
+    """The packages that are installed and the commit of the script, if that is committed as it is."""
+
+    def git(*words: str) -> str:
+        line = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.c", "-c", "commit.gpgsign=false"]
+        return subprocess.run([*line, *words], check=True, capture_output=True, text=True).stdout.strip()
+
+    bench("run", "--suite", "toy", "--env", "Toy/Env-v0", "--seeds", "1")
+    git("init")
+    bench("run", "--suite", "toy", "--env", "Toy/Env-v0", "--seeds", "2")
+    git("add", "fake.py")
+    git("commit", "-m", "first")
+    commit = git("rev-parse", "HEAD")
+    bench("run", "--suite", "toy", "--env", "Toy/Env-v0", "--seeds", "3")
+    (tmp_path / "fake.py").write_text(FAKE + "# changed\n")
+    bench("run", "--suite", "toy", "--env", "Toy/Env-v0", "--seeds", "4")
+    origin = json.loads((tmp_path / "runs" / "fake__Toy-Env-v0__1000__1" / "origin.json").read_text())
+    assert origin["versions"]["tyro"] == importlib.metadata.version("tyro")
+    (tmp_path / "runs" / "fake__Toy-Env-v0__1000__2" / "origin.json").unlink()  # as of a run started by hand
+    assert bench("report") == 0
+    path = tmp_path / "benchmark" / "baselines" / "fake__Toy-Env-v0__1000.json"
+    runs = json.loads(path.read_text())["seeds"]
+    assert [run["git_commit"] for run in runs] == [None, None, commit, None]
+    torch = importlib.metadata.version("torch")
+    assert [run["versions"].get("torch") for run in runs] == [torch, None, torch, torch]
+    assert "tyro" not in runs[0]["versions"], "only what the results depend on"
+
+
+WHOLE = dict(eval_mean=1.0, sps=1.0, wall_time=1.0, eval_returns=[1.0, 2])
+
+
+def test_a_whole_result_is_one(tmp_path):
+    (tmp_path / "result.json").write_text(json.dumps(WHOLE))
+    assert read_result(tmp_path) == WHOLE
+
+
+@pytest.mark.parametrize("text", [
+    "", '{"eval_mean": 1', "{}", "null", "[]", "1", "\0" * 20, "\N{SNOWMAN}",
+    *[json.dumps({key: value for key, value in WHOLE.items() if key != name}) for name in WHOLE],
+    *[json.dumps(WHOLE | {name: value}) for name in WHOLE for value in (None, "1", True, {}, float("nan"))],
+    *[json.dumps(WHOLE | dict(eval_returns=value)) for value in ([], [None], ["1"], [float("inf")])],
+])  # fmt: skip
+def test_a_damaged_result_is_none(tmp_path, text):
+    (tmp_path / "result.json").write_text(text, encoding="utf-8")
+    assert read_result(tmp_path) is None
+
+
+@pytest.mark.parametrize("text", ["", "{}", "null", "[]", '{"eval_mean": 40'])
+def test_a_cell_with_a_damaged_result_is_not_reported_and_runs_again(bench, tmp_path, text):
+    bench("run", "--suite", "toy", "--env", "Toy/Env-v0", "--workers", "4")
+    (tmp_path / "runs" / "fake__Toy-Env-v0__1000__4" / "result.json").write_text(text)
+    assert bench("report") == 0
+    assert "| 20.0 [10.0, 30.0]  | 3 " in (tmp_path / "benchmark" / "RESULTS.md").read_text()
+    assert bench("run", "--suite", "toy", "--env", "Toy/Env-v0") == 0
+    assert [len(starts(tmp_path, seed)) for seed in (1, 2, 3, 4)] == [1, 1, 1, 2]
+    assert bench("report") == 0
+    assert "| 25.0 [" in (tmp_path / "benchmark" / "RESULTS.md").read_text()
+
+
+def test_a_script_that_leaves_a_damaged_result_has_failed(bench, tmp_path, capsys):
+    """Not even a bar is any use against NaN, which is below nothing."""
+    (tmp_path / "fake.py").write_text(FAKE.replace("score = args.seed", 'score = float("nan") * args.seed'))
+    assert bench("run", "--suite", "toy", "--env", "Toy/Env-v0", "--seeds", "1-2", bar="25") == 1
+    out, err = capsys.readouterr()
+    assert "fake__Toy-Env-v0__1000__1 failed with an incomplete result.json:" in err
+    assert "failed: fake__Toy-Env-v0__1000__2" in out
+    assert "nan" not in out
+    summary = report.summarise(("fake", "Toy/Env-v0", 1000), [dict(eval_mean=np.nan, sps=1.0)], 1, {
+        ("fake", "Toy/Env-v0", 1000): dict(bar="25", best_published="")
+    })  # fmt: skip
+    assert summary["verdict"] == "PASS", "it would have passed"
+
+
+def test_what_report_cannot_read_is_named(bench, tmp_path, capsys):
+    bench("run", "--suite", "toy", "--env", "Toy/Env-v0", "--workers", "4")
+    for name, text in (("config.json", "{"), ("config.json", "[]"), ("origin.json", "1"), ("metrics.jsonl", "null\n")):
+        path = tmp_path / "runs" / "fake__Toy-Env-v0__1000__3" / name
+        whole = path.read_text()
+        path.write_text(text)
+        capsys.readouterr()
+        assert bench("report") == 2
+        assert capsys.readouterr().err.startswith(f"benchmark: {path} is damaged")
+        path.write_text(whole)
+    assert bench("report") == 0
 
 
 def test_kept_seeds_stay_unless_hyperparameters_change(bench, tmp_path):
     words = ["run", "--suite", "toy", "--env", "Toy/Env-v0", "--workers", "4"]
     bench(*words)
     bench("report")
-    path = tmp_path / "baselines" / "fake__Toy-Env-v0__1000.json"
+    path = tmp_path / "benchmark" / "baselines" / "fake__Toy-Env-v0__1000.json"
     for seed in (1, 2):
         (tmp_path / "runs" / f"fake__Toy-Env-v0__1000__{seed}" / "result.json").unlink()
     bench("report")
@@ -191,22 +329,72 @@ def test_kept_seeds_stay_unless_hyperparameters_change(bench, tmp_path):
     assert bench("report") == 2
 
 
+def test_a_flag_that_is_new_or_gone_is_no_other_hyperparameter(bench, tmp_path):
+    bench("run", "--suite", "toy", "--env", "Toy/Env-v0", "--workers", "4")
+    bench("report")
+    for seed in (1, 2):
+        (tmp_path / "runs" / f"fake__Toy-Env-v0__1000__{seed}" / "result.json").unlink()
+    for seed in (3, 4):
+        config = tmp_path / "runs" / f"fake__Toy-Env-v0__1000__{seed}" / "config.json"
+        config.write_text(config.read_text().replace('"bonus": 0.0', f'"flag_of_{seed}": 1'))
+    assert bench("report") == 0
+    kept = json.loads((tmp_path / "benchmark" / "baselines" / "fake__Toy-Env-v0__1000.json").read_text())
+    assert [run["seed"] for run in kept["seeds"]] == [1, 2, 3, 4]
+
+
 def test_one_run_has_a_curve_but_is_no_result(bench, tmp_path, capsys):
     bench("run", "--suite", "toy", "--env", "Toy/Env-v0", "--seeds", "2")
     assert " 20.0  " in capsys.readouterr().out, "no interval either"
     assert bench("report") == 0
-    readme = (tmp_path / "README.md").read_text()
-    assert "| fake " not in readme
-    assert "20.0" not in readme
-    assert "Toy-Env-v0.svg" in readme
-    assert "<!-- fake, 1 seed -->" in (tmp_path / "baselines" / "curves" / "Toy-Env-v0.svg").read_text()
+    results = (tmp_path / "benchmark" / "RESULTS.md").read_text()
+    for text in (results, (tmp_path / "README.md").read_text()):
+        assert "| fake " not in text
+        assert "20.0" not in text
+    assert "Toy-Env-v0.svg" in results
+    picture = tmp_path / "benchmark" / "baselines" / "curves" / "Toy-Env-v0.svg"
+    assert "<!-- fake, 1 seed -->" in picture.read_text()
     assert 'class="opener"' not in (tmp_path / "page.html").read_text()
 
 
-def test_the_pictures_of_the_readme_exist():
-    pictures = re.findall('<img src="([^"]+)"', (ROOT / "README.md").read_text())
-    assert len(pictures) >= 10
-    assert [name for name in pictures if not (ROOT / name).is_file()] == []
+def test_the_table_of_the_readme_by_hand(tmp_path, monkeypatch):
+    """Of four environments with a published score the last three; else the last ones; flags of its own do not count."""
+    suite = [("many", f"Env{i}-v{i}", 10_000 * 10**i, "1-2", "") for i in range(5)]
+    suite += [("many", "Own-v0", 5, "1-2", "--k 3"), ("none", "Env0-v0", 10_000, "1-2", "")]
+    suite += [("one", "A-v0", 5, "1", "")]
+    monkeypatch.setitem(SUITES, "toy", suite)
+    monkeypatch.setattr(report, "TABULATED", ["toy"])
+    monkeypatch.setattr(markdown, "README_CURVES", "Env3-v3")
+    references = {}
+    for i, (row, cells) in enumerate(report.suite_rows("toy").items()):
+        runs = [dict(seed=cell.seed, eval_mean=i - 1234.25, sps=1.0) for cell in cells]
+        (tmp_path / f"{report.file_name(row)}.json").write_text(json.dumps(dict(row=row, seeds=runs)))
+        if row[0] == "many" and i != 3:
+            references[row] = dict(bar="", best_published="99.96")
+    speeds = {"many sb3.X E": 3.0, "many sbx.X E": 2.5, "many sb3.X F": 8.0, "gone sb3.X E": 1.0}
+    tasks = {key: dict(ours=[dict(sps=sps)], peer=[dict(sps=2.0)]) for key, sps in speeds.items()}
+    (tmp_path / "speed.json").write_text(json.dumps(dict(tasks=tasks)))
+    lines = markdown.readme_part(tmp_path, references).splitlines()
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("|")]
+    assert cells[2:] == [
+        ["many", "Env1 100k: -1,233 (100.0), Env2 1M: -1,232 (100.0), Env4 100M: -1,230 (100.0)", "1.25 x sbx.X"],
+        ["none", "Env0 10k: -1,228", ""],
+    ]
+    assert lines[-1].startswith('<img src="benchmark/baselines/curves/Env3-v3.svg"')
+
+
+def test_the_files_of_the_repository_are_short_and_whole():
+    """The README's part leaves room for the rest of it; every picture and file that is linked to is there."""
+    readme = (ROOT / "README.md").read_text()
+    part = readme[readme.index(markdown.BEGIN) : readme.index(markdown.END)]
+    assert len(part) < 3000
+    assert part.count("<img") == 1
+    results = (ROOT / "benchmark" / "RESULTS.md").read_text()
+    assert results.count("<img") >= 10
+    links = {ROOT / name for name in re.findall(r'src="([^"]+)"|\]\(([^)#:]+)\)', part) for name in name if name}
+    for names in re.findall(r'src="([^"]+)"|\]\(([^)#:]+)\)', results):
+        links |= {ROOT / "benchmark" / name for name in names if name}
+    assert len(links) > 12
+    assert [link for link in links if not link.exists()] == []
 
 
 def test_curves_weigh_episodes_and_leave_out_iterations_without(tmp_path):
@@ -228,7 +416,7 @@ def test_interruption_ends_the_children(tmp_path, number, code):
     (tmp_path / "fake.py").write_text(FAKE.replace("time.sleep", f"{told}; time.sleep"))
     program = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "  # as in a foreground
     program += "signal.signal(signal.SIGHUP, signal.SIG_DFL); "
-    program += "from benchmark.__main__ import main, SUITES; "
+    program += "from benchmark.__main__ import main; from benchmark.suites import SUITES; "
     program += "SUITES['toy'] = [('fake', 'Slow-v0', 1, '1-2', '')]; "
     words = ["run", "--suite", "toy", "--workers", "2", "--out", str(tmp_path), "--algos", str(tmp_path)]
     program += f"sys.exit(main({words!r}))"
@@ -253,16 +441,17 @@ def test_comparison_is_normalised_by_random_and_best(tmp_path, monkeypatch):
         runs = [dict(seed=i, train_return=x) for i, x in enumerate(returns, 1)]
         (tmp_path / f"{report.file_name(row)}.json").write_text(json.dumps(dict(seeds=runs)))
 
-    settings = [line for line in report.PPO_PAPER if line[2] in ("", "--clip-coef inf") and line[1] == "ppo_clip"]
-    monkeypatch.setattr(report, "PPO_PAPER", settings)
-    assert report.comparison(tmp_path) == ""
+    settings = [line for line in markdown.PPO_PAPER if line[2] in ("", "--clip-coef inf") and line[1] == "ppo_clip"]
+    monkeypatch.setattr(markdown, "PPO_PAPER", settings)
+    assert markdown.paper_section(tmp_path) == ""
     keep("", "Hopper-v5", [100, 300])
     keep("", "HalfCheetah-v5", [-100, 0])
     keep("--clip-coef inf", "Hopper-v5", [0, 0])
     keep("--clip-coef inf", "HalfCheetah-v5", [-300, -300])
     keep("", "Swimmer-v5", [5])
     (tmp_path / "random.json").write_text(json.dumps({"Hopper-v5": 100, "HalfCheetah-v5": -200}))
-    assert report.comparison(tmp_path).splitlines()[2:] == [
+    lines = markdown.paper_table(tmp_path).splitlines()[2:]
+    assert [re.sub(" +", " ", line) for line in lines] == [
         "| clipping, eps = 0.2 | -50 (2) | 200 (2) | 0.62 | 0.82 |",
         "| no clipping or penalty | -300 (2) | 0 (2) | -0.50 | -0.39 |",
         "| random policy | -200 | 100 | 0 | 0 |",

@@ -30,7 +30,7 @@ args = parser.parse_args()
 run_dir, seed, weights = pathlib.Path(args.run_dir), args.seed, "a.pt"
 score = 100.0
 shutil.copy(pathlib.Path(FOLDER) / weights, run_dir / "checkpoint.pt")
-result = dict(eval_returns=[score], eval_mean=score, wall_time=1.0)
+result = dict(eval_returns=[score], eval_mean=score, sps=1.0, wall_time=1.0)
 (run_dir / "result.json").write_text(json.dumps(result))
 """
 
@@ -148,7 +148,8 @@ def test_error_rates_on_the_kept_seeds(suite):
 
 def test_one_stage_alone_would_err():
     """Thirteen rows with heavy tails: the two stages keep the bound that neither keeps alone."""
-    rng, p = np.random.default_rng(0), np.empty((2, 5000, 13))
+    rng = np.random.default_rng(0)
+    p = np.empty((2, 5000, 13))
     for i in range(13):
         baseline = rng.choice(HEAVY, (5000, 10))
         for stage, n in enumerate(check.SEEDS):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmark import page, report
+from benchmark import markdown, page, report
 from benchmark.__main__ import main
 from benchmark.run import file_name
 from benchmark.suites import SUITES
@@ -59,7 +59,8 @@ def results(tmp_path, monkeypatch):
     rows = [("nine ten minus", "Toy/Env-v0", 1000, "1-2", ""), (EVIL, f"{EVIL}-v0", 1000, "1-2", "")]
     monkeypatch.setitem(SUITES, "toy", rows)
     monkeypatch.setattr(report, "TABULATED", ["toy"])
-    monkeypatch.setattr(report, "comparison", lambda _: "| Setting | Toy |\n|---|---|\n| TRPO | 77 (3) |\n| A2C |  |\n")
+    paper = "| Setting | Toy |\n|---|---|\n| TRPO | 77 (3) |\n| A2C |  |\n"
+    monkeypatch.setattr(markdown, "paper_table", lambda _: paper)
     write_results(tmp_path, "toy")
     told = dict(bar="9", best_published="30", protocol="single run", note=EVIL, source="me/it@0123abc:a/*.md (Table 1)")
     return tmp_path, {("ten", "Toy/Env-v0", 1000): told}
@@ -96,7 +97,7 @@ def test_the_page_has_every_cell_of_the_table(results):
     text = page.html(*results)
     cells = [cell.strip() for cell in Reader(text).cells]
     for row, runs in report.read_baselines(results[0], "toy").items():
-        expected = report.table_row(report.summarise(row, runs, 2, results[1]))
+        expected = markdown.table_row(report.summarise(row, runs, 2, results[1]))
         start = next(i for i in range(len(cells)) if cells[i : i + 2] == expected[:2])
         found = cells[start : start + len(expected)]
         assert [cell.removesuffix("me/it") for cell in found] == expected
@@ -143,22 +144,18 @@ def test_equal_results_give_equal_pages(tmp_path):
 
 
 def test_report_writes_the_page_and_check_does_without(tmp_path):
-    (tmp_path / "README.md").write_text(f"{report.BEGIN}\n{report.END}\n")
-    (tmp_path / "baselines").mkdir()
+    (tmp_path / "README.md").write_text(f"{markdown.BEGIN}\n{markdown.END}\n")
     words = ["report"]
-    for flag, name in dict(runs="runs", baselines="baselines", readme="README.md", page="page.html").items():
+    places = dict(runs="runs", baselines="baselines", readme="README.md", results="RESULTS.md", page="page.html")
+    for flag, name in places.items():
         words += [f"--{flag}", str(tmp_path / name)]
     assert main(words) == 0
     Reader((tmp_path / "page.html").read_text())  # a page without results
     (tmp_path / "page.html").unlink()
     program = "import sys; sys.modules |= dict.fromkeys(['plotly', 'jinja2', 'benchmark.page']); "
     program += "from benchmark.__main__ import main; sys.exit(main(sys.argv[1:]))"
-    assert (
-        subprocess.run(
-            [sys.executable, "-c", program, *words, "--check"], cwd=ROOT, stdout=subprocess.DEVNULL
-        ).returncode
-        == 0
-    )
+    words = [sys.executable, "-c", program, *words, "--check"]
+    assert subprocess.run(words, cwd=ROOT, stdout=subprocess.DEVNULL).returncode == 0
     assert not (tmp_path / "page.html").exists()
 
 

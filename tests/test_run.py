@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmark import run
 from benchmark.__main__ import main
@@ -19,7 +20,7 @@ from benchmark.run import Cell, progress, run_cells
 from benchmark.suites import SUITES
 
 FAKE = """
-import argparse, json, os, pathlib, sys, time
+import argparse, json, os, pathlib, sys, time, zipfile
 parser = argparse.ArgumentParser()
 for name in ("env-id", "run-dir", "resume"):
     parser.add_argument(f"--{name}", default="")
@@ -32,8 +33,13 @@ with open(run_dir / "starts", "a") as file:
     print(os.getpid(), *sys.argv[1:], file=file)
 state = dict(step=0, score=0, size=0)
 if args.resume:
-    state = json.loads((run_dir / "checkpoint.pt").read_text())
-    vars(args).update(json.loads((run_dir / "config.json").read_text()))
+    try:
+        state = json.loads(zipfile.ZipFile(run_dir / "checkpoint.pt").read("state"))
+        vars(args).update(json.loads((run_dir / "config.json").read_text()), resume=args.resume)
+        args.env_id[0]
+    except (OSError, ValueError, TypeError, IndexError, zipfile.BadZipFile):
+        print("this run is damaged")
+        sys.exit(2)
 (run_dir / "config.json").write_text(json.dumps(vars(args)))
 if "TRACE" in os.environ:
     with open(os.environ["TRACE"], "a") as file:
@@ -51,12 +57,14 @@ with open(run_dir / "metrics.jsonl", "a") as log:
         if state["size"] != os.path.getsize(log.name):
             (run_dir / "clash").touch()
         if state["step"] % 20 == 0:
-            (run_dir / "checkpoint.tmp").write_text(json.dumps(state))
+            with zipfile.ZipFile(run_dir / "checkpoint.tmp", "w") as archive:
+                archive.writestr("state", json.dumps(state))
             os.replace(run_dir / "checkpoint.tmp", run_dir / "checkpoint.pt")
         while args.env_id == "Wait-v0" and state["step"] == 50 and not pathlib.Path(__file__).with_name("go").exists():
             time.sleep(0.01)
         time.sleep(args.delay)
-result = dict(seed=args.seed, eval_mean=state["score"], sps=100.0, wall_time=1.0)
+score = state["score"]
+result = dict(seed=args.seed, eval_mean=score, eval_returns=[score], sps=100.0, wall_time=1.0)
 (run_dir / "result.json").write_text(json.dumps(result))
 """
 
@@ -81,7 +89,8 @@ def harness(folder, row, *words):
     """The harness in a process group of its own; cells of the environment Wait-v0 wait half way for the file `go`."""
     words = ["run", "--suite", "toy", "--workers", "2", "--out", str(folder / "out"), "--algos", str(folder), *words]
     program = "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "  # as in a foreground
-    program += f"from benchmark.__main__ import main, SUITES; SUITES['toy'] = [{row!r}]; sys.exit(main({words!r}))"
+    program += "from benchmark.__main__ import main; from benchmark.suites import SUITES; "
+    program += f"SUITES['toy'] = [{row!r}]; sys.exit(main({words!r}))"
     root = Path(run.__file__).parents[1]
     process = subprocess.Popen([sys.executable, "-c", program], cwd=root, start_new_session=True)
     try:
@@ -121,9 +130,14 @@ def test_progress_is_the_last_whole_line(tmp_path):
         ("\n".join(lines) + "\n", (999, 499.5)),
         ("\n".join(lines), (998, 498.5)),  # the last line is being written
         ("\0" * 99 + "\n", (0, None)),
+        ("null\n", (0, None)),
+        ("{}\n", (0, None)),
     ):
         (tmp_path / "metrics.jsonl").write_text(text)
         assert progress(tmp_path) == expected
+
+
+RESULT = dict(eval_mean=7.25, eval_returns=[7.25], sps=100.0, wall_time=61.2)
 
 
 class Script:
@@ -144,8 +158,7 @@ class Script:
         if self.steps:
             return {}
         (cell,) = self.running
-        result = dict(eval_mean=7.25, wall_time=61.2)
-        (self.out / cell.name / "result.json").write_text(json.dumps(result))
+        (self.out / cell.name / "result.json").write_text(json.dumps(RESULT))
         self.running.pop(cell).close()
         return {cell: 0}
 
@@ -157,7 +170,7 @@ def test_lines_without_a_terminal_count_steps(tmp_path, capsys, monkeypatch):
     """Of two cells one is finished and the other resumed at a half: three quarters."""
     monkeypatch.setattr(run, "LINE_EVERY", 0)
     (tmp_path / CELLS[0].name).mkdir()
-    (tmp_path / CELLS[0].name / "result.json").write_text("{}")
+    (tmp_path / CELLS[0].name / "result.json").write_text(json.dumps(RESULT))
     assert run_cells(CELLS, 1, tmp_path, Script(tmp_path, 500, 500, 500)) == []
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "75% of 2.00k steps, ? steps/s, ? left, fake Toy-v0 2: 412.0"  # nothing is known of its speed
@@ -230,11 +243,7 @@ def undisturbed(bench, tmp_path, capsys):
 
 def test_killed_and_started_again_gives_the_same_table(bench, tmp_path, capsys, undisturbed):
     """As when the machine goes down: harness and scripts end at once."""
-    with harness(tmp_path, WAIT) as process:
-        wait_for(lambda: half_done(tmp_path))
-        os.killpg(process.pid, signal.SIGKILL)
-        for (line,) in starts(tmp_path):
-            os.kill(int(line.split()[0]), signal.SIGKILL)
+    interrupt(tmp_path)
     assert bench(row=WAIT) == 0
     assert capsys.readouterr().out == undisturbed
     assert all("--resume" in lines[1] for lines in starts(tmp_path))
@@ -268,20 +277,123 @@ def test_a_killed_harness_leaves_no_two_writers(bench, tmp_path, capsys, monkeyp
         assert clashes
 
 
+def interrupt(folder: Path) -> list[Path]:
+    """Run directories of two cells that were killed half way."""
+    with harness(folder, WAIT) as process:
+        wait_for(lambda: half_done(folder))
+        os.killpg(process.pid, signal.SIGKILL)
+        for (line,) in starts(folder):
+            os.kill(int(line.split()[0]), signal.SIGKILL)
+    return [folder / "out" / f"fake__Wait-v0__100__{seed}" for seed in (1, 2)]
+
+
+DAMAGED = [("checkpoint.pt", "cut"), ("checkpoint.pt", "")]
+DAMAGED += [("config.json", content) for content in ("cut", "gone", "", "{}", "null", "[]")]
+
+
+def damage(path: Path, content: str) -> None:
+    """Cut a file, take it away, or write something else into it."""
+    if content == "gone":
+        path.unlink()
+    elif content == "cut":
+        path.write_bytes(path.read_bytes()[:-1])
+    else:
+        path.write_text(content)
+
+
+@pytest.mark.parametrize(("name", "content"), DAMAGED)
+def test_a_damaged_run_starts_afresh(bench, tmp_path, capsys, undisturbed, name, content):
+    """It ends with the same table; what was there is kept, and the other cell continues."""
+    damaged, whole = interrupt(tmp_path)
+    (damaged / "lock").touch()
+    damage(damaged / name, content)
+    log = (damaged / "metrics.jsonl").read_text()
+    assert bench(row=WAIT) == 0
+    out, err = capsys.readouterr()
+    assert out == undisturbed
+    told = f"{damaged.name} is damaged and starts afresh; its files are kept in {damaged / 'damaged'}"
+    assert err.splitlines().count(told) == 1
+    assert "2 of 2" in err
+    assert ["--resume" in line for line in (damaged / "starts").read_text().splitlines()] == [False]
+    first, second = (damaged / "damaged" / "starts").read_text().splitlines()
+    assert "--resume" not in first
+    assert "--resume" in second
+    assert (damaged / "damaged" / "metrics.jsonl").read_text() == log
+    assert (damaged / "damaged" / name).exists() == (content != "gone")
+    assert (damaged / "lock").exists(), "another process may wait for it"
+    assert "this run is damaged" in (damaged / "log.txt").read_text()
+    assert not (whole / "damaged").exists()
+    assert "--resume" in (whole / "starts").read_text().splitlines()[1]
+
+
+def test_a_run_starts_afresh_only_once(bench, tmp_path, capsys):
+    """A script that damages its own checkpoint and refuses it fails; nothing goes round and round."""
+    for path in interrupt(tmp_path):
+        (path / "checkpoint.pt").write_text("damaged")
+    broken = FAKE.replace("if args.resume:", "(run_dir / 'checkpoint.pt').write_text('damaged')\nsys.exit(2)\nif 1:", 1)
+    (tmp_path / "fake.py").write_text(broken)
+    assert bench(row=WAIT) == 1
+    out, err = capsys.readouterr()
+    assert err.count("starts afresh") == 2
+    assert err.count("failed with exit code 2") == 2
+    assert out.count("failed: ") == 2
+    assert [len(lines) for lines in starts(tmp_path)] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("code", "damaged", "kept"), [(1, False, True), (2, False, True), (1, True, True), (2, True, False)]
+)
+def test_a_whole_run_is_not_put_aside(bench, tmp_path, capsys, monkeypatch, code, damaged, kept):
+    """Whatever else a script refuses to continue for, such as a package that is missing today.
+
+    It takes both to be put aside, the exit code and the damage, which is wrongly found here.
+    """
+    if damaged:
+        monkeypatch.setattr(run, "is_damaged", lambda _: True)
+    refusal = f"if args.resume:\n    print('no')\n    sys.exit({code})\n"
+    (tmp_path / "fake.py").write_text(FAKE.replace("if args.resume:", refusal + "if args.resume:", 1))
+    paths = interrupt(tmp_path)
+    before = [(path / "checkpoint.pt").read_bytes() for path in paths]
+    (tmp_path / "go").touch()
+    assert bench(row=WAIT) == (1 if kept else 0)
+    err = capsys.readouterr().err
+    assert ("afresh" in err) == (not kept)
+    assert (f"failed with exit code {code}:\n    no" in err) == kept
+    same = [(path / "checkpoint.pt").read_bytes() == content for path, content in zip(paths, before)]
+    assert same == [kept, kept]
+
+
+def test_a_checkpoint_of_torch_is_whole_unless_it_was_cut_or_overwritten(tmp_path):
+    (tmp_path / "config.json").write_text('{"env_id": "Toy-v0"}')
+    assert not run.is_damaged(tmp_path)
+    path = tmp_path / "checkpoint.pt"
+    torch.save(dict(agent=dict(weight=torch.arange(1000.0))), path)
+    assert not run.is_damaged(tmp_path)
+    whole = path.read_bytes()
+    half = len(whole) // 2
+    for content in (whole[:half], whole[:half] + bytes(len(whole) - half), whole[:half] + b"x" + whole[half + 1 :]):
+        path.write_bytes(content)
+        assert run.is_damaged(tmp_path)
+
+
+def test_a_script_that_does_not_end_is_killed(tmp_path, monkeypatch):
+    """One that ends by itself is left alone."""
+    monkeypatch.setattr(run, "PATIENCE", 0.3)
+    deaf = "import signal, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print(flush=True); time.sleep(60)"
+    good = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(7)); print(flush=True); "
+    good += "time.sleep(60)"
+    options = dict(stdout=subprocess.PIPE, start_new_session=True)
+    processes = [subprocess.Popen([sys.executable, "-c", program], **options) for program in (deaf, good)]
+    for process in processes:
+        process.stdout.readline()
+    run.terminate(processes)
+    assert [process.returncode for process in processes] == [-signal.SIGKILL, 7]
+
+
 def test_overhead_of_a_cell_is_small(bench, tmp_path):
     """Per cell, beyond what the script takes by itself; 3 s are allowed, about 0.1 s were measured."""
-    words = [
-        sys.executable,
-        "fake.py",
-        "--env-id",
-        "Toy-v0",
-        "--total-timesteps",
-        "10",
-        "--seed",
-        "1",
-        "--run-dir",
-        ".",
-    ]
+    words = [sys.executable, "fake.py", "--env-id", "Toy-v0", "--total-timesteps", "10", "--seed", "1"]
+    words += ["--run-dir", "."]
     start = time.perf_counter()
     subprocess.run(words, cwd=tmp_path, check=True)
     alone = time.perf_counter() - start
@@ -345,6 +457,9 @@ def test_a_cluster_gives_the_same_table(bench, tmp_path, capsys, cluster):
         ]
         assert files[0].read_text() == files[1].read_text()
     assert not (tmp_path / half_done / "checkpoint.pt").exists()  # --resume would take it for that of the new run
+    origin = json.loads((tmp_path / half_done / "origin.json").read_text())
+    assert origin == dict(git_commit=None, versions=origin["versions"])
+    assert "ray" in origin["versions"]
 
 
 def test_interruption_of_a_cluster_ends_the_scripts(tmp_path, cluster):

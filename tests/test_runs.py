@@ -1,16 +1,16 @@
-"""Runs from the command line to the last file: contract, determinism, interruption, resuming, every environment."""
+"""Runs from the command line to the last file: contract, determinism, resuming, every environment."""
 
 import functools
 import hashlib
+import importlib
 import json
 import math
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
+import types
 from collections import defaultdict
 from pathlib import Path
 
@@ -19,68 +19,24 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import MODULES, SCRIPTS, make_args, spy
+from conftest import MODULES, make_args, spy
 from gymnasium.spaces import Box, Discrete
-from launch import Process, flags, tiny
+from launch import flags, tiny
+from runs import (
+    arguments, checkpoint, config, each, each_back, each_module, each_off_policy, equal, fails_with_a_bug, finished_run,
+    is_continuous, leaves, line, metrics, name_of, parameters, result, resume, script, start, steps,
+)  # fmt: skip
 
-RESULT = """algo env_id seed total_timesteps eval_returns eval_mean train_return sps wall_time"""
+__all__ = ["finished_run"]  # a fixture
+
+RESULT = """algo env_id seed total_timesteps trained_steps eval_returns eval_cut eval_mean train_return sps wall_time"""
 LINE = """global_step wall_time episodic_return episodes SPS"""
+FILES = {"config.json", "metrics.jsonl", "checkpoint.pt", "result.json", "lock"}
 ENVIRONMENTS = ["CartPole-v1", "Pendulum-v1", "LunarLander-v3", "HalfCheetah-v5", "MinAtar/Breakout-v1", "ALE/Pong-v5",
     "Acrobot-v1"]  # fmt: skip
 
-each_pair = pytest.mark.parametrize(("script", "module"), list(zip(SCRIPTS, MODULES)), ids=[s.stem for s in SCRIPTS])
-each_module = pytest.mark.parametrize("module", MODULES, ids=[s.stem for s in SCRIPTS])
-each_compiled = pytest.mark.parametrize("module", [module for module in MODULES if hasattr(module.Args, "compile")],
-    ids=lambda module: module.__name__.split(".")[-1])  # fmt: skip
-each_off_policy = pytest.mark.parametrize("module", [module for module in MODULES if hasattr(module, "ReplayBuffer")],
-    ids=lambda module: module.__name__.split(".")[-1])  # fmt: skip
-
-
-def simple_env(module) -> str:
-    """The environment of the script's defaults: CartPole or, for continuous actions, Pendulum."""
-    return module.Args().env_id
-
-
-def arguments(module, folder: Path, **settings):
-    """Args of a tiny run in `folder`."""
-    settings = tiny(module, **dict(total_timesteps=256, run_dir=str(folder)) | settings)
-    return module.parse_args(flags(dict(env_id=simple_env(module)) | settings))
-
-
-def resume(module, folder: Path, *more: str) -> dict:
-    """What `--resume folder` does."""
-    return module.train(module.parse_args(["--resume", str(folder), *more]))
-
-
-def metrics(folder: Path) -> list[dict]:
-    """The lines of metrics.jsonl, each of which must be strict JSON."""
-
-    def refuse(constant: str) -> None:
-        raise AssertionError(f"{constant} is no JSON")
-
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line, parse_constant=refuse) for line in lines]
-
-
-def steps(folder: Path) -> list[int]:
-    """The steps that metrics.jsonl knows."""
-    return [line["global_step"] for line in metrics(folder)]
-
-
-def checkpoint(folder: Path) -> dict:
-    """The checkpoint, loaded as plain data."""
-    return torch.load(folder / "checkpoint.pt", map_location="cpu", weights_only=True)
-
-
-def leaves(part, name: str = "") -> dict[str, torch.Tensor]:
-    """All tensors and numbers in nested containers, by path."""
-    if isinstance(part, dict):
-        part = {str(key): value for key, value in part.items()}
-    elif isinstance(part, (list, tuple)):
-        part = dict(enumerate(part))
-    else:
-        return {name: torch.as_tensor(part)} if isinstance(part, (torch.Tensor, int, float)) else {}
-    return {path: leaf for key, value in part.items() for path, leaf in leaves(value, f"{name}/{key}").items()}
+each_compiled = each([module for module in MODULES if hasattr(module.Args, "compile")])
+each_annealed = each([module for module in MODULES if hasattr(module.Args, "anneal_lr")])
 
 
 def fingerprint(folder: Path) -> str:
@@ -89,116 +45,93 @@ def fingerprint(folder: Path) -> str:
     for path, leaf in sorted(leaves(checkpoint(folder)).items()):
         if not any(word in path for word in ("wall_time", "log_size")):  # lines of the log contain times
             digest.update(path.encode() + leaf.contiguous().numpy().tobytes())
-    for line in metrics(folder):
-        digest.update(json.dumps({key: line[key] for key in sorted(line) if key not in ("wall_time", "SPS")}).encode())
+    for row in metrics(folder):
+        digest.update(json.dumps({key: row[key] for key in sorted(row) if key not in ("wall_time", "SPS")}).encode())
     return digest.hexdigest()
 
 
-def parameters(folder: Path) -> dict[str, torch.Tensor]:
-    """The tensors of floats in the checkpoint: weights, normalisers, optimiser states."""
-    return {path: leaf for path, leaf in leaves(checkpoint(folder)).items() if leaf.ndim and leaf.is_floating_point()}
-
-
-def equal(one: dict, two: dict) -> bool:
-    """Same names, same bits."""
-    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
-
-
-@pytest.fixture(scope="module", params=list(zip(SCRIPTS, MODULES)), ids=[s.stem for s in SCRIPTS])
+@pytest.fixture(scope="module", params=MODULES, ids=name_of)
 def finished(request, tmp_path_factory):
-    """A finished run: module, script, directory, returned result. Tests that change it take a copy."""
-    script, module = request.param
-    folder = tmp_path_factory.mktemp(script.stem) / "run"
-    result = module.train(arguments(module, folder))
-    return module, script, folder, result
+    """A finished run: module, directory, returned result. Tests that change it take a copy."""
+    module = request.param
+    folder = tmp_path_factory.mktemp(name_of(module)) / "run"
+    return module, folder, module.train(arguments(module, folder))
 
 
 @pytest.fixture
 def copy(finished, tmp_path):
     """The finished run's module and a copy of its directory."""
-    shutil.copytree(finished[2], tmp_path / "copy")
-    return finished[0], tmp_path / "copy"
+    module, folder, _ = finished
+    shutil.copytree(folder, tmp_path / "copy")
+    return module, tmp_path / "copy"
 
 
 # The contract
 
 
-@pytest.fixture(scope="module", params=list(zip(SCRIPTS, MODULES)), ids=[s.stem for s in SCRIPTS])
+@pytest.fixture(scope="module", params=MODULES, ids=name_of)
 def alone(request, tmp_path_factory):
-    """The script copied alone into an empty folder and run there by a plain Python: folder and completed process."""
-    script, module = request.param
+    """The script copied alone into an empty folder and run there by a plain Python: module, directory, what it said."""
+    module = request.param
     folder = tmp_path_factory.mktemp("alone")
-    shutil.copy(script, folder)
-    environ = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    line = flags(dict(env_id=simple_env(module)) | tiny(module, num_envs=4, total_timesteps=1024, seed=3))
+    shutil.copy(module.__file__, folder)
     done = subprocess.run(
-        [sys.executable, script.name, *line],
+        [sys.executable, f"{name_of(module)}.py", *line(module, num_envs=4, total_timesteps=1024, seed=3)],
         cwd=folder,
-        env=environ | dict(PYTHONPATH=""),
+        env=os.environ | dict(PYTHONPATH=""),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         timeout=120,
     )
     assert done.returncode == 0, done.stdout.decode()
     (run_dir,) = (folder / "runs").iterdir()
-    return module, script, run_dir, done.stdout.decode()
+    return module, run_dir, done.stdout.decode()
 
 
 def test_a_script_runs_alone(alone):
-    """Nothing but the script is needed, and all it leaves is one directory with the four files."""
-    module, script, run_dir, _ = alone
-    assert {path.name for path in run_dir.parents[1].iterdir()} - {"__pycache__"} == {script.name, "runs"}
-    assert {path.name for path in run_dir.iterdir()} == {"config.json", "metrics.jsonl", "checkpoint.pt", "result.json"}
-    assert re.fullmatch(rf"{simple_env(module)}__{script.stem}__3__\d+\S*", run_dir.name)
+    """Nothing but the script is needed, and all it leaves is one directory with its files."""
+    module, run_dir, _ = alone
+    assert {path.name for path in run_dir.parents[1].iterdir()} - {"__pycache__"} == {f"{name_of(module)}.py", "runs"}
+    assert {path.name for path in run_dir.iterdir()} == FILES
+    assert re.fullmatch(rf"{module.Args.env_id}__{name_of(module)}__3__\d+", run_dir.name)
 
 
 def test_config_file(alone):
-    """All arguments, the versions of the packages, and no commit where there is no repository."""
-    module, _, run_dir, _ = alone
-    config = json.loads((run_dir / "config.json").read_text())
-    assert vars(module.Args()).keys() <= config.keys()
-    assert (config["env_id"], config["seed"], config["num_envs"]) == (simple_env(module), 3, 4)
-    assert torch.__version__ in json.dumps(config)
-    assert gym.__version__ in json.dumps(config)
-    assert config["git_commit"] is None
-
-
-def test_commit_in_config_file(finished):
-    """Inside the repository the commit is known."""
-    root = Path(__file__).parents[1]
-    git = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True)
-    if git.returncode:
-        pytest.skip("no repository here")
-    assert json.loads((finished[2] / "config.json").read_text())["git_commit"] == git.stdout.strip()
+    """All arguments and the versions of torch and gymnasium; the rest is the harness's business."""
+    module, run_dir, _ = alone
+    written = config(run_dir)
+    assert written.keys() == vars(module.Args()).keys() | {"algo", "torch", "gymnasium"}
+    assert (written["env_id"], written["seed"], written["num_envs"]) == (module.Args.env_id, 3, 4)
+    assert (written["torch"], written["gymnasium"]) == (torch.__version__, gym.__version__)
 
 
 def test_result_file(alone):
     """The keys, and numbers that fit one another."""
-    _, script, run_dir, _ = alone
-    result = json.loads((run_dir / "result.json").read_text())
-    assert result.keys() == set(RESULT.split())
-    assert (result["algo"], result["seed"], result["total_timesteps"]) == (script.stem, 3, 1024)
-    assert len(result["eval_returns"]) == 2
-    assert result["eval_mean"] == pytest.approx(sum(result["eval_returns"]) / 2)
-    assert 0 < result["wall_time"] < 60
-    assert result["sps"] == pytest.approx(1024 / result["wall_time"], rel=0.2)
+    module, run_dir, _ = alone
+    written = result(run_dir)
+    assert written.keys() == set(RESULT.split())
+    assert (written["algo"], written["env_id"], written["seed"]) == (name_of(module), module.Args.env_id, 3)
+    assert (written["total_timesteps"], written["trained_steps"], written["eval_cut"]) == (1024, 1024, 0)
+    assert len(written["eval_returns"]) == 2
+    assert written["eval_mean"] == pytest.approx(sum(written["eval_returns"]) / 2)
+    assert 0 < written["wall_time"] < 60
+    assert written["sps"] == pytest.approx(1024 / written["wall_time"])
 
 
 def test_train_returns_the_result_file(finished):
     """What train() returns is what result.json holds."""
-    assert finished[3] == json.loads((finished[2] / "result.json").read_text())
+    assert finished[2] == result(finished[1])
 
 
 def test_metrics_file(alone):
     """Lines of JSON with the common keys and the losses, finite or null, steps rising to the end of the run."""
-    _, _, run_dir, _ = alone
-    lines = metrics(run_dir)
+    lines = metrics(alone[1])
     assert len(lines) >= 4
-    for line in lines:
-        assert set(LINE.split()) < line.keys(), "no losses"
-        assert line.keys() == lines[-1].keys()
-        assert all(value is None or math.isfinite(value) for value in line.values())
-        assert (line["episodic_return"] is None) == (line["episodes"] == 0)
+    for row in lines:
+        assert set(LINE.split()) < row.keys(), "no losses"
+        assert row.keys() == lines[-1].keys()
+        assert all(value is None or math.isfinite(value) for value in row.values())
+        assert (row["episodic_return"] is None) == (row["episodes"] == 0)
     for key in ("global_step", "wall_time"):
         assert all(a[key] < b[key] for a, b in zip(lines, lines[1:])), key
     assert lines[-1]["global_step"] == 1024
@@ -207,62 +140,162 @@ def test_metrics_file(alone):
 
 def test_train_return_is_the_mean_of_the_last_100_episodes(alone):
     """Taken together, the lines' mean returns and counts of episodes give train_return."""
-    _, _, run_dir, _ = alone
-    lines = [line for line in metrics(run_dir) if line["episodes"]]
-    episodes = sum(line["episodes"] for line in lines)
+    lines = [row for row in metrics(alone[1]) if row["episodes"]]
+    episodes = sum(row["episodes"] for row in lines)
     assert 0 < episodes <= 100, "this run is meant to be shorter"
-    total = sum(line["episodes"] * line["episodic_return"] for line in lines)
-    result = json.loads((run_dir / "result.json").read_text())
-    assert result["train_return"] == pytest.approx(total / episodes)
+    total = sum(row["episodes"] * row["episodic_return"] for row in lines)
+    assert result(alone[1])["train_return"] == pytest.approx(total / episodes)
+
+
+def test_the_last_100_episodes(finished_run, tmp_path):
+    """train_return of all episodes, or of those since the last line: here 150 have ended, with the returns 0 to 149."""
+    module = script("ppo_clip")
+    run = module.Run(arguments(module, tmp_path / "run"))
+    for first in (0, 60, 120):
+        run.episode_returns += range(first, min(first + 60, 150))
+        run.log(first + 60, {})
+    assert run.last_returns == list(range(50, 150))
+    assert [row["episodes"] for row in metrics(tmp_path / "run")] == [60, 60, 30]
+    assert [row["episodic_return"] for row in metrics(tmp_path / "run")] == [29.5, 89.5, 134.5]
 
 
 @each_module
 def test_no_train_return_without_an_episode(module, tmp_path):
     """0, which would be the best score of all where rewards are costs."""
-    env_id = "Pendulum-v1" if simple_env(module) == "Pendulum-v1" else "MountainCar-v0"
+    env_id = "Pendulum-v1" if is_continuous(module) else "MountainCar-v0"
     settings = dict(env_id=env_id, total_timesteps=64, horizon=16, eval_episodes=1)
     assert module.train(arguments(module, tmp_path / "run", **settings))["train_return"] is None
 
 
+@each_module
+def test_a_run_ends_with_its_last_whole_batch(module, tmp_path):
+    """301 steps are no whole number of batches of 32, nor of steps of 2 environments: what is reported was trained."""
+    written = module.train(arguments(module, tmp_path / "run", total_timesteps=301))
+    last = 288 if hasattr(module.Args, "num_steps") else 300
+    assert (written["total_timesteps"], written["trained_steps"]) == (301, last)
+    assert steps(tmp_path / "run")[-1] == checkpoint(tmp_path / "run")["step"] == last
+    assert written["sps"] == pytest.approx(last / written["wall_time"])
+
+
 def test_checkpoint_file(alone):
     """Plain data (weights_only), with the step; one float tensor per parameter at least."""
-    _, _, run_dir, _ = alone
-    assert checkpoint(run_dir)["step"] == 1024
-    assert len(parameters(run_dir)) >= 6
+    assert checkpoint(alone[1])["step"] == 1024
+    assert len(parameters(alone[1])) >= 6
 
 
-def test_the_last_line_is_the_evaluation(alone):
-    """The last line printed, to either stream, says where and how the evaluation was."""
-    _, _, run_dir, printed = alone
-    result = json.loads((run_dir / "result.json").read_text())
-    assert f"{result['eval_mean']:.1f}" in printed.splitlines()[-1]
-    assert run_dir.name in printed.splitlines()[-1]
-
-
-def test_plain_progress_without_a_terminal(alone):
-    """Into a file go a few plain lines, no bar that draws over itself."""
-    printed = alone[3]
+def test_what_is_printed_without_a_terminal(alone):
+    """Which defaults were taken, where the run is, now and then a plain line, no bar; at last how the evaluation was."""
+    module, run_dir, printed = alone
+    lines = printed.splitlines()
     assert "\r" not in printed
-    assert len(printed.splitlines()) <= 6
-    assert " of 1024 steps" in printed
+    assert len(lines) <= 6
+    assert lines[0] == f"{module.Args.env_id} with the defaults for no particular family"
+    assert lines[1] == f"runs/{run_dir.name}: step 0 of 1024"
+    returns = result(run_dir)["eval_returns"]
+    assert lines[-1] == f"runs/{run_dir.name}: evaluation {np.mean(returns):.1f} +- {np.std(returns):.1f}"
 
 
-def test_progress_bar_on_a_terminal(finished, tmp_path):
+@each_back
+def test_the_directory_is_printed_before_the_first_step(module, tmp_path, monkeypatch, capsys):
+    """A user who kills a run that was slow or wrong from the start and does not know what to resume or delete."""
+    printed = []
+    spy(monkeypatch, module, "gradients_of", before=lambda *_: capsys.readouterr())
+    spy(monkeypatch, module.Agent, "act", before=lambda *_: printed.append(capsys.readouterr().out))
+    module.train(arguments(module, tmp_path / "run"))
+    assert printed[0] == f"{tmp_path / 'run'}: step 0 of 256\n"
+    resume(module, tmp_path / "run", "--total-timesteps", 512)
+    assert f"{tmp_path / 'run'}: step 256 of 512\n" in "".join(printed)
+
+
+@each_back
+def test_the_default_directory_has_no_colon_in_its_name(module, tmp_path, monkeypatch):
+    """module:Env-v0 in a name is a drive to Windows, and a host to scp."""
+    monkeypatch.chdir(tmp_path)
+    env_id = f"envs:test/{'TaggedBox' if is_continuous(module) else 'Tagged'}-v0"
+    monkeypatch.setattr(envs.Tagged, "instances", [])
+    module.train(arguments(module, "", env_id=env_id))
+    (run_dir,) = Path("runs").iterdir()
+    assert re.fullmatch(rf"{re.sub('[:/]', '-', env_id)}__{name_of(module)}__1__\d+", run_dir.name)
+
+
+@each_back
+def test_progress_bar_on_a_terminal(module, tmp_path):
     """On a terminal one line is redrawn: carriage returns, and few line feeds."""
-    module, script, _, _ = finished
-    pty, termios = pytest.importorskip("pty"), pytest.importorskip("termios")
+    pty = pytest.importorskip("pty")
+    termios = pytest.importorskip("termios")
+    if not hasattr(termios, "tcsetwinsize"):
+        pytest.skip("Python 3.11 and later")
     leader, follower = pty.openpty()
-    termios.tcsetwinsize(follower, (24, 80)) if hasattr(termios, "tcsetwinsize") else pytest.skip(
-        "Python 3.11 and later"
-    )
-    line = flags(dict(env_id=simple_env(module)) | tiny(module, total_timesteps=2048, run_dir="run"))
-    process = Process(script, line, tmp_path, terminal=os.ttyname(follower)).wait()
+    termios.tcsetwinsize(follower, (24, 80))
+    given = line(module, total_timesteps=2048, run_dir="run")
+    process = start(module, tmp_path, *given, terminal=os.ttyname(follower)).wait()
     printed = os.read(leader, 10**5)
     os.close(leader)
     os.close(follower)
     assert process.rc == 0, printed
     assert re.search(rb"\r[^\n]*\d+/2048", printed), printed
-    assert printed.count(b"\n") <= 3, printed
+    assert printed.count(b"\n") <= 4, printed
+
+
+# Clocks
+
+
+class Clock:
+    """The module time, in which only steps of environments take time: a second each."""
+
+    def __init__(self, module, monkeypatch):
+        self.now = 1e6
+        make_envs = module.make_envs
+
+        def watched(*inputs, **options):
+            made = make_envs(*inputs, **options)
+            spy(monkeypatch, made, "step", before=self.tick)
+            return made
+
+        monkeypatch.setattr(module, "make_envs", watched)
+        monkeypatch.setattr(module, "time", types.SimpleNamespace(time=lambda: self.now, time_ns=lambda: 17))
+
+    def tick(self, *_):
+        self.now += 1
+
+
+@each_module
+def test_steps_per_second(module, tmp_path, monkeypatch):
+    """A speed that counts one environment's steps, the evaluation's time or, after --resume, the time before twice."""
+    clock = Clock(module, monkeypatch)
+    settings = dict(num_envs=4, num_steps=8, total_timesteps=256, horizon=8)
+    first = module.train(arguments(module, tmp_path / "run", **settings))
+    clock.now += 1000
+    again = resume(module, tmp_path / "run", "--total-timesteps", 512)
+    assert (first["sps"], first["wall_time"]) == (4, 64)
+    assert (again["sps"], again["wall_time"]) == (4, 128)
+    assert {row["SPS"] for row in metrics(tmp_path / "run")} == {4}
+    assert all(row["wall_time"] == row["global_step"] / 4 for row in metrics(tmp_path / "run"))
+
+
+@each_back
+def test_a_plain_line_every_ten_seconds(module, tmp_path, monkeypatch, capsys):
+    """Without a terminal: a line at each log, which would fill the file, or none, by which a slow run looks dead."""
+    Clock(module, monkeypatch)
+    module.train(arguments(module, tmp_path / "run", total_timesteps=320, log_every=2, num_steps=1, num_minibatches=1))
+    printed = capsys.readouterr().out
+    lines = re.findall(r"^(\d+) of 320 steps, (\d+) steps/s, (?:return [-.\d]+|no episode has ended)$", printed, re.M)
+    assert lines == [(str(step), "2") for step in range(22, 320, 22)]
+
+
+@each_off_policy
+def test_the_bar_moves_with_each_step(module, tmp_path, monkeypatch):
+    """Slow environments, a step a second: a bar that moves at lines of the log alone, or that counts steps twice."""
+    seen = []
+    runs = []
+    monkeypatch.setattr(module.os, "isatty", lambda _: True)
+    spy(monkeypatch, module.Run, "__init__", after=lambda _, run, *__: runs.append(run))
+    spy(monkeypatch, module.ReplayBuffer, "add", before=lambda *_: seen.append(runs[-1].bar.n))
+    module.train(arguments(module, tmp_path / "run"))
+    assert seen == list(range(0, 256, 2))
+    assert runs[-1].bar.n == 256
+    resume(module, tmp_path / "run", "--total-timesteps", 320)
+    assert seen[128:] == list(range(256, 320, 2))
 
 
 # Determinism
@@ -280,33 +313,32 @@ def test_equal_runs_are_bit_identical(module, tmp_path):
     assert not equal(parameters(first), parameters(other))
 
 
-def test_process_and_function_agree(finished, tmp_path):
+@each_back
+def test_process_and_function_agree(module, finished_run, tmp_path):
     """The command line computes, bit for bit, what train() computes."""
-    module, script, folder, _ = finished
-    line = flags(dict(env_id=simple_env(module)) | tiny(module, total_timesteps=256, run_dir="run"))
-    done = Process(script, line, tmp_path).wait()
+    done = start(module, tmp_path, *line(module, run_dir="run")).wait()
     assert done.rc == 0, done.err
-    assert fingerprint(tmp_path / "run") == fingerprint(folder)
+    assert fingerprint(tmp_path / "run") == fingerprint(finished_run(module, tmp_path / "finished"))
 
 
 def test_two_resumes_are_bit_identical(finished, tmp_path):
     """Two continuations of one checkpoint go the same way, and it is not the way back to the start."""
-    module, _, folder, _ = finished
+    module, folder, _ = finished
     for name in ("one", "two"):
         shutil.copytree(folder, tmp_path / name)
-        resume(module, tmp_path / name, "--total-timesteps", "512")
+        resume(module, tmp_path / name, "--total-timesteps", 512)
     assert fingerprint(tmp_path / "one") == fingerprint(tmp_path / "two")
     assert fingerprint(tmp_path / "one") != fingerprint(folder)
 
 
-def test_random_numbers_of_a_resumed_run(copy, monkeypatch, tmp_path):
+@each_back
+def test_random_numbers_of_a_resumed_run(module, tmp_path, monkeypatch):
     """Numbers drawn a second time: those of the start of the run, or those of an earlier continuation."""
-    module, folder = copy
     states = []
-    spy(monkeypatch, module, "Run", after=lambda *_: states.append(torch.get_rng_state().numpy().tobytes()))
-    module.train(arguments(module, tmp_path / "start"))
-    resume(module, folder, "--total-timesteps", "512")
-    resume(module, folder, "--total-timesteps", "768")
+    spy(monkeypatch, module.Run, "__init__", after=lambda *_: states.append(torch.get_rng_state().numpy().tobytes()))
+    module.train(arguments(module, tmp_path / "run"))
+    resume(module, tmp_path / "run", "--total-timesteps", 512)
+    resume(module, tmp_path / "run", "--total-timesteps", 768)
     assert len(set(states)) == 3
 
 
@@ -329,16 +361,40 @@ class Dice(gym.Env):
         return self.np_random.uniform(-1, 1, 3).astype(np.float32), reward, self.left == 0, False, {}
 
 
-gym.register("test/Dice-v0", Dice)
-gym.register("test/DiceContinuous-v0", Dice, kwargs=dict(continuous=True))
+class Paid(Dice):
+    """Every step is paid the same, as the arguments say, and takes a second of no clock."""
+
+    def __init__(self, continuous=False, pay=1.0, length=8):
+        super().__init__(continuous)
+        self.pay = pay
+        self.length = length
+
+    def reset(self, *, seed=None, options=None):
+        obs, info = super().reset(seed=seed)
+        self.left = self.length
+        return obs, info
+
+    def step(self, action):
+        obs, _, terminated, truncated, info = super().step(action)
+        return obs, self.pay, terminated, truncated, info
+
+
+for _env in (Dice, Paid):
+    gym.register(f"test/{_env.__name__}-v0", _env)
+    gym.register(f"test/{_env.__name__}Box-v0", _env, kwargs=dict(continuous=True))
+
+
+def environment(module, name: str) -> str:
+    """The id of an environment of this module with actions for the script."""
+    return f"test/{name}{'Box' if is_continuous(module) else ''}-v0"
 
 
 @each_module
 def test_the_evaluation_is_deterministic(module, tmp_path):
     """Eight environments with seeds of their own; evaluated again, with other random numbers, the returns are equal."""
-    env_id = "test/DiceContinuous-v0" if simple_env(module) == "Pendulum-v1" else "test/Dice-v0"
     folder = tmp_path / "run"
-    returns = module.train(arguments(module, folder, env_id=env_id, eval_episodes=8))["eval_returns"]
+    settings = dict(env_id=environment(module, "Dice"), eval_episodes=8)
+    returns = module.train(arguments(module, folder, **settings))["eval_returns"]
     assert len(set(returns)) == 8
     assert resume(module, folder)["eval_returns"] == returns
 
@@ -346,10 +402,11 @@ def test_the_evaluation_is_deterministic(module, tmp_path):
 @each_module
 def test_environments_share_no_seed(module, tmp_path, monkeypatch):
     """Start states that two runs share, training and evaluation, or a run and its continuation."""
-    seeds, make_envs = [], module.make_envs
+    seeds = []
+    make_envs = module.make_envs
 
-    def watched(*inputs):
-        made = make_envs(*inputs)
+    def watched(*inputs, **options):
+        made = make_envs(*inputs, **options)
         reset = made.reset
 
         def watched_reset(seed=None, **options):
@@ -363,11 +420,14 @@ def test_environments_share_no_seed(module, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "make_envs", watched)
     for name, seed in dict(one=1, two=2).items():
         module.train(arguments(module, tmp_path / name, seed=seed, num_envs=3, num_steps=24, total_timesteps=144))
-    resume(module, tmp_path / "one", "--total-timesteps", "288")
+    resume(module, tmp_path / "one", "--total-timesteps", 288)
     *others, again = seeds  # training and evaluation of three runs
     assert len(others) == 5
     assert again == others[1]
     assert len(set().union(*others)) == sum(map(len, others))
+
+
+# What a run is made of
 
 
 class Ready(BaseException):
@@ -376,19 +436,20 @@ class Ready(BaseException):
 
 @pytest.fixture
 def prepare(tmp_path, monkeypatch):
-    """A function that runs train() with some settings up to its first step and returns the parts of the run."""
+    """A function that runs train() with some settings up to its first step and returns its local variables then."""
 
     def up_to_the_run(module, **settings):
-        parts = {}
+        found = {}
 
-        def stop(args, **made):
-            parts.update(made)
+        def stop(args, **parts):
+            found.update(sys._getframe(1).f_locals)
+            found["parts"] = parts
             raise Ready
 
         monkeypatch.setattr(module, "Run", stop)
         with pytest.raises(Ready):
-            module.train(arguments(module, tmp_path, **settings))
-        return parts
+            module.train(arguments(module, tmp_path / "run", **settings))
+        return found
 
     return up_to_the_run
 
@@ -403,10 +464,11 @@ def test_weights_follow_the_seed(module, prepare):
 
 @each_module
 def test_all_parts_are_saved(module, prepare):
-    """A target network or an optimizer that a resumed run begins anew."""
-    parts = prepare(module)
-    expected = {"agent", "optimizers" if module.__name__.split(".")[-1] in ("ddpg", "td3", "sac") else "optimizer"}
-    assert parts.keys() == expected | ({"target", "buffer"} if hasattr(module, "ReplayBuffer") else set())
+    """A target network or an optimizer that a resumed run begins anew: train() has made it, but Run does not get it."""
+    found = prepare(module)
+    made = [name for name, value in found.items() if isinstance(value, torch.nn.Module | torch.optim.Optimizer)]
+    assert {"agent"} < set(made)
+    assert {name: id(found[name]) for name in made} == {name: id(part) for name, part in found["parts"].items()}
 
 
 @each_module
@@ -422,7 +484,7 @@ def test_threads(module, prepare, monkeypatch):
 @each_off_policy
 def test_sizes_of_buffer_and_batch(module, tmp_path, prepare, monkeypatch):
     """A buffer as large for each environment as for all of them, or batches of another size than asked for."""
-    assert prepare(module, num_envs=3, buffer_size=600)["buffer"].size == 3 * (200 + 1)
+    assert prepare(module, num_envs=3, buffer_size=600)["buffer"].valid.shape == (200 + 1, 3)
     monkeypatch.undo()
     sizes = []
     spy(monkeypatch, module.ReplayBuffer, "sample", after=lambda batch, *_: sizes.append(len(batch["rewards"])))
@@ -430,25 +492,46 @@ def test_sizes_of_buffer_and_batch(module, tmp_path, prepare, monkeypatch):
     assert set(sizes) == {11}
 
 
-@pytest.mark.parametrize(("compiled", "steps"), [(True, 10), (False, 30_000), (None, 20_000), (None, 20_001)])
 @each_compiled
-def test_long_runs_are_compiled(module, prepare, monkeypatch, compiled, steps):
-    """--compile without effect, a run compiled that is too short to gain by it, or a long one that is not."""
+def test_compile_is_a_flag(module, prepare, monkeypatch):
+    """--compile without effect, or a run compiled that did not ask for it."""
     asked = []
     monkeypatch.setattr(torch, "compile", lambda function, **_: asked.append(function) or function)
-    given = dict(num_envs=1, num_steps=5, num_minibatches=1, update_epochs=1, train_frequency=5, learning_starts=5)
-    prepare(module, compile=str(compiled), total_timesteps=5 * steps, **given)
-    assert bool({*asked} - {torch.neg}) == (steps > 20_000 if compiled is None else compiled)
+    prepare(module, compile=False)
+    assert asked == []
+    prepare(module, compile=True)
+    assert set(asked) - {torch.neg}  # by which can_compile() tries the compiler
+
+
+def gradient_steps(module, family: dict) -> int:
+    """How many gradient steps a run with these defaults takes."""
+    given = {name: getattr(module.Args, name) for name in vars(module.Args())} | family
+    if "train_frequency" in given:
+        return (given["total_timesteps"] - given["learning_starts"]) // given["train_frequency"]
+    if "horizon" in given:
+        return 0  # one an episode
+    batches = given["total_timesteps"] // (given["num_envs"] * given["num_steps"])
+    return batches * given.get("update_epochs", 1) * given.get("num_minibatches", 1)
+
+
+@each_compiled
+def test_long_runs_are_compiled(module):
+    """A family of more than 20,000 gradient steps that is not compiled, or a short one that is; images gain nothing."""
+    for name, family in dict(module.FAMILIES, Args={}).items():
+        images = any(word.endswith("/") for word in name.split())
+        if name not in ("Discrete-observations", "Box-actions"):
+            compiled = family.get("compile", module.Args.compile)
+            assert compiled == (gradient_steps(module, family) > 20_000 and not images), name
 
 
 @pytest.mark.parametrize("compiler", [True, False])
 def test_where_nothing_can_be_compiled_training_goes_on(tmp_path, compiler):
     """A long run that fails on a machine without a compiler, or that is slow there without a word or on any machine."""
-    script, module = next(pair for pair in zip(SCRIPTS, MODULES) if pair[0].stem == "ppo_clip")
-    line = ["--compile", True, "--run-dir", "run", *flags(tiny(module, total_timesteps=64))]
+    module = script("ppo_clip")
     none = dict(PATH="", CXX=None, TORCHINDUCTOR_CACHE_DIR=str(tmp_path))  # an old cache would need no compiler
-    done = Process(script, line, tmp_path, {} if compiler else none).wait()
-    assert (done.rc, "cannot compile" in done.out) == (0, not compiler), done.err
+    given = line(module, "--compile", run_dir="run", total_timesteps=64)
+    done = start(module, tmp_path, *given, environ={} if compiler else none).wait()
+    assert (done.rc, "finds no compiler" in done.out) == (0, not compiler), done.err
     assert (tmp_path / "run" / "result.json").exists()
 
 
@@ -469,19 +552,28 @@ def test_a_compiled_step_can_be_compiled_again(module, tmp_path, monkeypatch):
 def test_log_shows_the_mean_of_all_gradient_steps(module, tmp_path, monkeypatch):
     """Metrics of the last minibatch alone, or of other steps than those since the last line (here, fewer than 100)."""
     outputs = [defaultdict(list)]
+    gradients_of = module.gradients_of
 
-    def remember(metrics, *_):
-        for name, metric in metrics.items():
-            outputs[-1][name].append(metric.item())
+    def watched(*inputs, **options):
+        function = gradients_of(*inputs, **options)
 
-    for function in {"update", "critic_step", "update_policy"} & set(vars(module)):
-        spy(monkeypatch, module, function, after=remember)
+        def remembered(*batch):
+            gradients, seen = function(*batch)
+            for name, metric in seen.items():
+                outputs[-1][name].append(metric.item())
+            return gradients, seen
+
+        return remembered
+
+    monkeypatch.setattr(module, "gradients_of", watched)
     spy(monkeypatch, module.Run, "log", after=lambda *_: outputs.append(defaultdict(list)))
     module.train(arguments(module, tmp_path / "run"))
-    for line, output in zip(metrics(tmp_path / "run"), outputs):
+    compared = 0
+    for row, output in zip(metrics(tmp_path / "run"), outputs):
         for name, values in output.items():
-            assert line[name] == pytest.approx(sum(values) / len(values), rel=1e-4, abs=1e-6)
-    assert any(output for output in outputs)
+            assert row[name] == pytest.approx(sum(values) / len(values), rel=1e-4, abs=1e-6)
+            compared += 1
+    assert compared
 
 
 # Resuming
@@ -490,65 +582,51 @@ def test_log_shows_the_mean_of_all_gradient_steps(module, tmp_path, monkeypatch)
 def test_resuming_a_finished_run_only_evaluates(copy, finished):
     """No step of training: same tensors, same log, same evaluation."""
     module, folder = copy
-    result = resume(module, folder)
-    assert equal(parameters(folder), parameters(finished[2]))
-    assert (folder / "metrics.jsonl").read_bytes() == (finished[2] / "metrics.jsonl").read_bytes()
-    assert result["eval_returns"] == finished[3]["eval_returns"]
-    assert result["train_return"] == finished[3]["train_return"]
-    assert result["sps"] == pytest.approx(finished[3]["sps"])
-    assert result == json.loads((folder / "result.json").read_text())
+    again = resume(module, folder)
+    assert equal(parameters(folder), parameters(finished[1]))
+    assert (folder / "metrics.jsonl").read_bytes() == (finished[1] / "metrics.jsonl").read_bytes()
+    assert again == finished[2]
+    assert again == result(folder)
 
 
 def test_resuming_twice_works(copy, finished):
     """A resumed run can be resumed: its config.json is still one of a run."""
     module, folder = copy
     resume(module, folder)
-    assert resume(module, folder)["eval_returns"] == finished[3]["eval_returns"]
+    assert resume(module, folder)["eval_returns"] == finished[2]["eval_returns"]
 
 
 def test_resuming_keeps_the_arguments(finished):
     """--resume alone takes the run's own arguments, not the defaults; a flag beside it counts more."""
-    module, _, folder, _ = finished
-    again = module.parse_args(["--resume", str(folder)])
-    original = arguments(module, folder)
-    same = {name: value for name, value in vars(original).items() if name not in ("resume", "run_dir")}
-    assert same.items() <= vars(again).items()
-    assert module.parse_args(["--resume", str(folder), "--eval-episodes", "7"]).eval_episodes == 7
+    module, folder, _ = finished
+    original = arguments(module, folder, eval_episodes=3, seed=5)
+    (folder / "config.json").rename(folder / "kept")
+    (folder / "config.json").write_text(json.dumps(vars(original)))
+    try:
+        again = module.parse_args(["--resume", str(folder)])
+        assert vars(again) == vars(original) | dict(resume=str(folder))
+        assert module.parse_args(["--resume", str(folder), "--eval-episodes", "7"]).eval_episodes == 7
+    finally:
+        (folder / "kept").rename(folder / "config.json")
 
 
-def test_resuming_with_more_steps_trains_on(copy, finished):
-    """A larger --total-timesteps continues where the run stood."""
+def test_resuming_with_more_steps_trains_on(copy, finished, capsys):
+    """A larger --total-timesteps continues where the run stood, says so, and all files tell of the longer run."""
     module, folder = copy
     before = metrics(folder)
-    result = resume(module, folder, "--total-timesteps", "512")
-    assert result["total_timesteps"] == 512
+    again = resume(module, folder, "--total-timesteps", 512)
+    assert (again["total_timesteps"], again["trained_steps"]) == (512, 512)
+    assert again == result(folder)
+    assert config(folder)["total_timesteps"] == checkpoint(folder)["args"]["total_timesteps"] == 512
+    assert "what was to fall until step 256 now falls until 512" in capsys.readouterr().out
     assert metrics(folder)[: len(before)] == before
     assert_schedule(module, steps(folder), 512)
-    assert not equal(parameters(folder), parameters(finished[2]))
+    assert not equal(parameters(folder), parameters(finished[1]))
     assert checkpoint(folder)["step"] == 512
-    times = [line["wall_time"] for line in metrics(folder)]
+    times = [row["wall_time"] for row in metrics(folder)]
     assert times == sorted(times), "the clock goes on, too"
-
-
-def wait_for(condition, process: Process, seconds: float = 60) -> None:
-    """Wait until the condition holds while the process runs."""
-    end = time.time() + seconds
-    while not condition():
-        assert time.time() < end, "nothing happened"
-        assert process.process.is_alive() or condition(), f"it ended too soon: {process.wait().err}"
-        time.sleep(0.005)
-
-
-def start_long_run(module, script, folder: Path) -> Process:
-    """A run that would take a minute, with a checkpoint now and then, returned when it is past its first ones."""
-    settings = tiny(module, total_timesteps=300_000, run_dir="run", checkpoint_every=320)
-    line = flags(dict(env_id=simple_env(module)) | settings)
-    line += ["--compile", "False"] if hasattr(module.Args, "compile") else []  # a long run, but not for its own sake
-    process = Process(script, line, folder)
-    wait_for((folder / "run" / "checkpoint.pt").exists, process)
-    size = (folder / "run" / "metrics.jsonl").stat().st_size
-    wait_for(lambda: (folder / "run" / "metrics.jsonl").stat().st_size > size + 5000, process)
-    return process
+    assert resume(module, folder) == again
+    assert "now falls" not in capsys.readouterr().out
 
 
 def assert_schedule(module, taken: list[int], end: int) -> None:
@@ -560,138 +638,149 @@ def assert_schedule(module, taken: list[int], end: int) -> None:
         assert taken == list(range(taken[0], end // taken[0] * taken[0] + 1, taken[0]))
 
 
-def check_log_after(module, folder: Path) -> None:
-    """Resume a broken run for a few steps: no line of its log is lost, none doubled, none torn."""
-    saved = checkpoint(folder)
-    kept = [line for line in metrics_until_torn(folder) if line["global_step"] <= saved["step"]]
-    end = saved["step"] + 64
-    result = resume(module, folder, "--total-timesteps", str(end))
-    assert_schedule(module, steps(folder), end)
-    assert metrics(folder)[: len(kept)] == kept
-    assert len(result["eval_returns"]) == 2
+def cut(monkeypatch, module, end: int, folder: Path, **settings) -> None:
+    """A run that dies right after the first line of its log at `end` or later."""
+
+    def die(_, run, step, *rest):
+        if step >= end:
+            raise Ready
+
+    with monkeypatch.context() as patch:
+        spy(patch, module.Run, "log", after=die)
+        with pytest.raises(Ready):
+            module.train(arguments(module, folder, **settings))
 
 
-def metrics_until_torn(folder: Path) -> list[dict]:
-    """The whole lines of a log that may end in the middle of one."""
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().split("\n")[:-1]]
-
-
-@each_pair
-def test_kill_and_resume(script, module, tmp_path):
-    """SIGKILL in the middle of a run, half a line in its log: the rest of the run fits on to the checkpoint."""
-    process = start_long_run(module, script, tmp_path)
-    os.kill(process.pid, signal.SIGKILL)
-    assert process.wait().rc == -signal.SIGKILL
+@each_module
+def test_a_broken_run_goes_on_from_its_checkpoint(module, tmp_path, monkeypatch):
+    """Lines of the log lost, doubled or torn: after the checkpoint at 128 came a line and a half before the kill."""
     folder = tmp_path / "run"
-    lines = metrics_until_torn(folder)
-    lines[-1]["global_step"] += 1_000_000  # written after the checkpoint, before the kill
+    cut(monkeypatch, module, 192, folder, checkpoint_every=128)
+    saved = checkpoint(folder)["step"]
+    assert 128 <= saved < steps(folder)[-1] < 256
+    kept = [row for row in metrics(folder) if row["global_step"] <= saved]
     with open(folder / "metrics.jsonl", "a") as log:
-        log.write(json.dumps(lines[-1]) + "\n" + json.dumps(lines[-1])[:40])
-    assert not (folder / "result.json").exists()
-    check_log_after(module, folder)
-
-
-@each_pair
-def test_ctrl_c_keeps_the_checkpoint(script, module, tmp_path):
-    """SIGINT ends the run at once and not with 0; its checkpoint loads and continues."""
-    process = start_long_run(module, script, tmp_path)
-    os.kill(process.pid, signal.SIGINT)
-    process.process.join(5)
-    if process.process.is_alive():  # Python drops an interrupt that falls into a finaliser
-        os.kill(process.pid, signal.SIGINT)
-    assert process.wait(10).rc != 0
-    assert checkpoint(tmp_path / "run")["step"] >= 320
-    check_log_after(module, tmp_path / "run")
+        log.write(json.dumps(kept[-1])[:40])
+    assert resume(module, folder)["trained_steps"] == 256
+    assert metrics(folder)[: len(kept)] == kept
+    assert_schedule(module, steps(folder), 256)
+    assert not (folder / "checkpoint.tmp").exists()
 
 
 @each_module
 def test_the_checkpoint_holds_all_that_learns(module, tmp_path, monkeypatch):
     """Every tensor of the networks, normalisers and optimisers of the run is in its checkpoint."""
-    made = []
-    for kind in (module.Agent, module.Adam):
-
-        def watched(self, *args, init=kind.__init__, **kwargs):
-            made.append(self)
-            init(self, *args, **kwargs)
-
-        monkeypatch.setattr(kind, "__init__", watched)
+    parts = {}
+    spy(monkeypatch, module.Run, "save", after=lambda _, run: parts.update(run.parts))
     module.train(arguments(module, tmp_path / "run"))
-    saved = {leaf.contiguous().numpy().tobytes() for leaf in leaves(checkpoint(tmp_path / "run")).values()}
-    assert all(any(isinstance(part, kind) for part in made) for kind in (module.Agent, module.Adam))
-    for part in made:
-        state = leaves(part.state_dict())
-        assert state
-        assert [name for name, leaf in state.items() if leaf.contiguous().numpy().tobytes() not in saved] == []
+    saved = checkpoint(tmp_path / "run")
+    for name, part in parts.items():
+        assert equal(leaves(saved[name]), leaves(part.state_dict())), name
+    assert {"agent"} < parts.keys()
 
 
-@each_off_policy
+@each_annealed
 def test_schedules_go_on_in_a_resumed_run(module, tmp_path, monkeypatch):
-    """A step size or an epsilon that begins anew: the run is cut after 128 of 256 steps and fills its buffer again."""
+    """A step size or an epsilon that begins anew: the run is cut after 128 of 256 steps."""
     rates = []
-
-    def cut(_, run, step, *rest):
-        if step == 128:
-            rates.append(None)
-            raise Ready
-
-    spy(monkeypatch, module, "update", before=lambda *inputs: rates.append(inputs[4].item()))
-    spy(monkeypatch, module.Run, "log", after=cut)
+    spy(monkeypatch, module, "descend", before=lambda optimizer, _: rates.append(optimizer.param_groups[0]["lr"]))
     given = dict(
-        start_e=1.0, end_e=0.0, exploration_fraction=1.0, anneal_lr=True, learning_rate=0.01, train_frequency=1
-    )
-    with pytest.raises(Ready):
-        module.train(arguments(module, tmp_path / "run", checkpoint_every=64, **given))
+        start_e=1.0, end_e=0.0, exploration_fraction=1.0, anneal_lr=True, learning_rate=0.01, train_frequency=1,
+        horizon=16,
+    )  # fmt: skip
+    cut(monkeypatch, module, 128, tmp_path / "run", checkpoint_every=64, **given)
+    before = list(rates)
+    rates.clear()
     resume(module, tmp_path / "run")
-    before, after = rates[: rates.index(None)], rates[rates.index(None) + 1 :]
-    assert before == pytest.approx([0.01 * (1 - t / 256) for t in range(32, 128, 2) for _ in range(2)])
-    assert after == pytest.approx([0.01 * (1 - t / 256) for t in range(160, 256, 2) for _ in range(2)])
-    lines = metrics(tmp_path / "run")
-    assert [line["global_step"] for line in lines] == [64, 128, 192, 256]
+    if hasattr(module, "ReplayBuffer"):  # it fills its buffer again, so that the next 32 steps have no gradient
+        assert before == pytest.approx([0.01 * (1 - t / 256) for t in range(32, 128, 2) for _ in range(2)])
+        assert rates == pytest.approx([0.01 * (1 - t / 256) for t in range(160, 256, 2) for _ in range(2)])
+        assert steps(tmp_path / "run") == [64, 128, 192, 256]
+    else:
+        starts = [0, *steps(tmp_path / "run")[:-1]]
+        expected = [0.01 * (1 - step / 256) for step in starts]
+        assert list(dict.fromkeys(before + rates)) == pytest.approx(expected)
+        assert before[-1] > rates[0]
     if hasattr(module.Args, "end_e"):
-        assert [line["epsilon"] for line in lines] == pytest.approx([1 - (t - 2) / 256 for t in (64, 128, 192, 256)])
+        epsilons = [row["epsilon"] for row in metrics(tmp_path / "run")]
+        assert epsilons == pytest.approx([1 - (t - 2) / 256 for t in (64, 128, 192, 256)])
+
+
+@each_module
+def test_a_new_learning_rate_counts_in_a_resumed_run(module, copy_of, monkeypatch):
+    """The step size of the checkpoint's optimizer in place of the one on the command line."""
+    rates = set()
+    spy(monkeypatch, module, "descend", before=lambda optimizer, _: rates.add(optimizer.param_groups[0]["lr"]))
+    folder = copy_of(module)
+    plain = [] if not hasattr(module.Args, "anneal_lr") else ["--no-anneal-lr"]
+    resume(module, folder, "--total-timesteps", 512, "--learning-rate", 0.0123, *plain)
+    assert rates == {0.0123}
+    assert config(folder)["learning_rate"] == checkpoint(folder)["args"]["learning_rate"] == 0.0123
+
+
+@pytest.fixture
+def copy_of(finished_run, tmp_path):
+    """A function that makes a copy of a script's finished run."""
+    return lambda module: finished_run(module, tmp_path / "copy")
 
 
 @each_module
 def test_when_checkpoints_are_written(module, tmp_path, monkeypatch):
     """At every iteration, or only if one ends exactly at a multiple of --checkpoint-every, or not at the end."""
     saved = []
-    spy(monkeypatch, module.Run, "save", after=lambda _, run: saved.append(run.state["step"]))
+    spy(monkeypatch, module.Run, "save", after=lambda _, run: saved.append(run.step))
     module.train(arguments(module, tmp_path / "run", checkpoint_every=100, log_every=48))
     taken = steps(tmp_path / "run")
     assert saved == [b for a, b in zip([0, *taken], taken) if a // 100 < b // 100] + taken[-1:]
     assert len(saved) == 3
 
 
+# The evaluation
+
+
+@each_back
+def test_an_evaluation_without_end_is_cut(module, tmp_path, monkeypatch, capsys):
+    """A policy that keeps an episode going for ever, in an environment that does not mind: result and line say so."""
+    monkeypatch.setattr(module, "evaluate", functools.partial(module.evaluate, max_steps=50))
+    kwargs = json.dumps(dict(length=10**9))
+    written = module.train(arguments(module, tmp_path / "run", env_id=environment(module, "Paid"), env_kwargs=kwargs))
+    assert (written["eval_returns"], written["eval_cut"]) == ([50, 50], 2)
+    assert result(tmp_path / "run")["eval_cut"] == 2
+    assert capsys.readouterr().out.splitlines()[-1].endswith("evaluation 50.0 +- 0.0, 2 of 2 episodes cut")
+
+
+@each_back
+def test_only_what_did_not_end_is_cut(module, tmp_path, capsys):
+    """An episode that ends with the last step allowed, or one of those that have ended, counted as cut."""
+    args = arguments(module, tmp_path, env_id=environment(module, "Paid"), eval_episodes=3)
+    envs = module.make_envs(args.env_id, 1)
+    space = envs.single_action_space
+    agent = torch.nn.Module()
+    agent.act = lambda obs, greedy: np.zeros((len(obs), *space.shape), space.dtype)
+    for max_steps, cut_short in ((7, 3), (8, 0), (9, 0)):
+        written = module.evaluate(agent, args, tmp_path, max_steps=max_steps)
+        assert written == dict(eval_returns=[min(max_steps, 8)] * 3, eval_cut=cut_short)
+
+
+# Arguments of the environment
+
+
 @each_module
-def test_a_checkpoint_is_written_whole_or_not_at_all(module, tmp_path, monkeypatch):
-    """Death in the middle of writing the second checkpoint leaves the first one, readable and resumable."""
-    save, saved = torch.save, []
+def test_arguments_of_the_environment_reach_it(module, tmp_path):
+    """--env-kwargs that training, evaluation or a resumed run does not know of: 5 steps at 2.5 instead of 8 at 1."""
+    given = dict(env_id=environment(module, "Paid"), env_kwargs='{"pay": 2.5, "length": 5}')
+    first = module.train(arguments(module, tmp_path / "run", **given))
+    assert (first["train_return"], first["eval_returns"]) == (12.5, [12.5, 12.5])
+    assert config(tmp_path / "run")["env_kwargs"] == given["env_kwargs"]
+    again = resume(module, tmp_path / "run", "--total-timesteps", 512)
+    assert (again["train_return"], again["eval_returns"]) == (12.5, [12.5, 12.5])
 
-    class Death(BaseException):
-        pass
 
-    def dying_save(data, file, *args, **kwargs):
-        if saved:
-            whole = saved[0].read_bytes()
-            Path(file).write_bytes(whole[: len(whole) // 2])
-            raise Death
-        save(data, file, *args, **kwargs)
-        saved.append(tmp_path / "first.pt")
-        shutil.copy(file, saved[0])
-
-    monkeypatch.setattr(torch, "save", dying_save)
-    with pytest.raises(Death):
-        module.train(arguments(module, tmp_path / "run", checkpoint_every=64))
-    monkeypatch.undo()
-    assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == saved[0].read_bytes()
-    assert 64 <= checkpoint(tmp_path / "run")["step"] < 256
-    check_log_after(module, tmp_path / "run")
-    assert {path.name for path in (tmp_path / "run").iterdir()} == {
-        "config.json",
-        "metrics.jsonl",
-        "checkpoint.pt",
-        "result.json",
-    }, "what was half written is gone"
+@each_back
+def test_the_limit_of_an_episode_is_an_argument(module, tmp_path):
+    """The example of --help, for an environment with a vector implementation of its own and for one without."""
+    module.train(arguments(module, tmp_path / "run", env_kwargs='{"max_episode_steps": 3}'))
+    assert sum(row["episodes"] for row in metrics(tmp_path / "run")) == 256 // 4, "three steps and the reset"
 
 
 # Every environment
@@ -726,9 +815,9 @@ def test_smoke(module, env_id, tmp_path, monkeypatch, recwarn):
     monkeypatch.setattr(module, "Agent", Watched)
     monkeypatch.setattr(module, "evaluate", watched_evaluate)
     try:
-        result = module.train(args)
-    except ValueError as error:
-        if not re.search(r"(action|observation) space .* is not supported", str(error)):
+        written = module.train(args)
+    except module.Refusal as error:
+        if not re.search(r"action space .* is not supported", str(error)):
             raise
         pytest.skip(str(error))
     agent = started.pop("agent")
@@ -739,18 +828,21 @@ def test_smoke(module, env_id, tmp_path, monkeypatch, recwarn):
     lines = metrics(tmp_path / "run")
     assert lines[-1]["global_step"] == 128
     assert all(math.isfinite(value) for value in lines[-1].values() if value is not None)
-    assert len(result["eval_returns"]) == episodes
-    assert all(map(math.isfinite, result["eval_returns"]))
-    assert result["env_id"] == env_id
-    again = resume(module, tmp_path / "run") if not env_id.startswith("ALE") else result  # its episodes are long
-    assert again["eval_returns"] == result["eval_returns"]
+    assert len(written["eval_returns"]) == episodes
+    assert all(map(math.isfinite, written["eval_returns"]))
+    assert written["env_id"] == env_id
+    again = resume(module, tmp_path / "run") if not env_id.startswith("ALE") else written  # its episodes are long
+    assert again["eval_returns"] == written["eval_returns"]
     assert [str(w.message) for w in recwarn if w.category is UserWarning] == [], "warnings to the user"
 
 
 @each_module
 def test_some_environment_is_supported(module):
     """The skips of the smoke test are not all there is: CartPole or Pendulum runs in every script."""
-    module.make_envs(simple_env(module), 1).close()
+    module.make_envs(module.Args.env_id, 1).close()
+
+
+# Families
 
 
 @each_module
@@ -758,72 +850,254 @@ def test_family_defaults_are_shown_and_overridden(module, capsys):
     """--help shows the defaults of the environment named beside it, and a flag overrides them."""
     families = 0
     for env_id in ENVIRONMENTS:
-        plain, family = vars(module.parse_args([])), vars(module.parse_args(["--env-id", env_id]))
+        plain = vars(module.parse_args([]))
+        family = vars(module.parse_args(["--env-id", env_id]))
         changed = {name for name in plain if plain[name] != family[name]} - {"env_id"}
         families += bool(changed)
-        if env_id == "CartPole-v1":
-            assert not changed, "Args' own defaults are CartPole's"
+        if env_id == module.Args.env_id:
+            assert not changed, "Args' own defaults are those of its environment"
         with pytest.raises(SystemExit, match=r"^0$"):
             module.parse_args(["--help", "--env-id", env_id])
         shown = " ".join(re.sub(r"[│|\s]+", " ", capsys.readouterr().out).split())
+        assert "Shown are the defaults for" in shown
         for name in changed:
             flag = name.replace("_", "-")
             assert re.search(rf"--{flag}\b[^()]*(\([^d][^()]*\)[^()]*)*\(default: {family[name]}\)", shown), name
-        for name in changed - {"compile"}:
-            own = module.parse_args(["--env-id", env_id, *flags({name: plain[name]})])
-            assert getattr(own, name) == plain[name]
+        own = module.parse_args(["--env-id", env_id, *flags({name: plain[name] for name in changed})])
+        assert vars(own) == plain | dict(env_id=env_id)
     assert families >= 2
 
 
 def test_help_names_the_family_of_halfcheetah():
     """The example in numbers: PPO collects 2048 steps of HalfCheetah per iteration."""
-    ppo = next(module for module in MODULES if module.__name__.endswith("ppo_clip"))
+    ppo = script("ppo_clip")
     assert ppo.parse_args(["--env-id", "HalfCheetah-v5"]).num_steps == 2048
     assert ppo.parse_args(["--env-id=HalfCheetah-v5", "--num-steps", "512"]).num_steps == 512
     assert ppo.parse_args(["--num-steps", "512", "--env_id", "HalfCheetah-v5"]).num_envs == 1
 
 
+FAMILY_OF = {  # by environment: the first word of the family of ppo_clip.py that it belongs to
+    "CartPole-v1": "",
+    "Pendulum-v1": "Pendulum",
+    "Acrobot-v1": "Acrobot",
+    "MountainCar-v0": "Acrobot",
+    "LunarLander-v3": "LunarLander",
+    "BipedalWalkerHardcore-v3": "LunarLander",
+    "Ant-v5": "HalfCheetah",
+    "Ant-v4": "HalfCheetah",
+    "InvertedPendulum-v5": "HalfCheetah",
+    "MinAtar/Breakout-v1": "MinAtar/",
+    "ALE/Breakout-v5": "ALE/",
+    "Taxi-v3": "Discrete-observations",
+    "MountainCarContinuous-v0": "Box-actions",
+    "my:AntiAging-v0": "",
+    "my:PendulumWithALE-v0": "",
+    "my:Breakout-v0": "",
+    "my:MinAtar-v0": "",
+    "my:Numbered-v0": "Discrete-observations",
+    "my:Boxed-v0": "Box-actions",
+    "my:None/Ant-v0": "HalfCheetah",
+}
+
+
+@pytest.fixture
+def my_module(monkeypatch):
+    """A module `my` with environments whose names have other environments' names in them."""
+    monkeypatch.setitem(sys.modules, "my", types.ModuleType("my"))
+    made = [
+        ("AntiAging-v0", envs.ValueOnly), ("PendulumWithALE-v0", envs.ValueOnly), ("Breakout-v0", envs.ValueOnly),
+        ("MinAtar-v0", envs.ValueOnly), ("Numbered-v0", envs.Numbers), ("Boxed-v0", envs.Bounds),
+        ("None/Ant-v0", envs.ValueOnly),
+    ]  # fmt: skip
+    for env_id, env in made:
+        gym.register(env_id, env, disable_env_checker=True, order_enforce=False)
+    yield
+    for env_id, _ in made:
+        gym.registry.pop(env_id)
+
+
+@each([script("ppo_clip")])
+def test_the_family_of_an_environment(module, my_module):
+    """Parts of names that count ("Ant" in my:AntiAging-v0), namespaces, and kinds of spaces."""
+    for env_id, word in FAMILY_OF.items():
+        assert module.find_family(env_id, "").split()[:1] == word.split(), env_id
+
+
+@each([script("ppo_clip")])
+def test_the_line_that_says_which_defaults_were_taken(module, finished_run, tmp_path, capsys):
+    """A run whose user does not know that it has other defaults than the last one."""
+    folder = finished_run(module, tmp_path / "run")
+    for argv, source in (
+        (["--env-id", "CartPole-v1"], "CartPole-v1 with the defaults for no particular family"),
+        (["--env-id", "Acrobot-v1"], "Acrobot-v1 with the defaults for Acrobot MountainCar"),
+        (["--env-id", "Taxi-v3"], "Taxi-v3 with the defaults for Discrete-observations"),
+        (["--resume", str(folder)], f"CartPole-v1 with the arguments of {folder}"),
+    ):
+        module.parse_args(argv)
+        assert capsys.readouterr().out == f"{source}\n"
+
+
 # Video and tracking
 
 
-def test_video_of_a_trained_agent(finished, tmp_path):
+@each_back
+def test_video_of_a_trained_agent(module, finished_run, tmp_path):
     """`--resume DIR --capture-video` films one evaluation episode, frame by frame, and trains nothing."""
-    module, script, original, _ = finished
     pytest.importorskip("moviepy")
-    shutil.copytree(original, tmp_path / "run")
-    argv = ["--resume", "run", "--capture-video", "--eval-episodes", "1"]
-    done = Process(script, argv, tmp_path).wait()
+    folder = finished_run(module, tmp_path / "run")
+    before = parameters(folder)
+    done = start(module, tmp_path, "--resume", "run", "--run-dir", config(folder)["run_dir"], "--capture-video").wait()
     assert done.rc == 0, done.err
-    (video,) = (tmp_path / "run").rglob("*.mp4")
+    (video,) = folder.rglob("*.mp4")
     from moviepy import VideoFileClip
 
     with VideoFileClip(str(video)) as clip:
-        frames, size = clip.n_frames, clip.size
+        frames = clip.n_frames
+        size = clip.size
     assert min(size) >= 100
-    result = json.loads((tmp_path / "run" / "result.json").read_text())
-    if simple_env(module) == "CartPole-v1":  # a frame before each step, and as many steps as reward
-        assert abs(frames - result["eval_returns"][0]) <= 2
-    assert equal(parameters(tmp_path / "run"), parameters(original))
+    steps_of_the_episode = result(folder)["eval_returns"][0] if module.Args.env_id == "CartPole-v1" else 200
+    assert abs(frames - steps_of_the_episode) <= 2
+    assert equal(parameters(folder), before)
 
 
-@each_module
-def test_video_at_the_end_of_training(module, tmp_path):
-    """--capture-video on a fresh run: one film, and the evaluation still has all its episodes."""
-    pytest.importorskip("moviepy")
-    result = module.train(arguments(module, tmp_path / "run", capture_video=True))
-    assert [path.stat().st_size > 1000 for path in (tmp_path / "run").rglob("*.mp4")] == [True]
-    assert len(result["eval_returns"]) == 2
+class Filmed(Dice):
+    """Its pictures have the step and the length of the episode, which is also its return, as their colours."""
+
+    metadata = dict(render_modes=["rgb_array"], render_fps=10)  # noqa: RUF012
+
+    def __init__(self, continuous=False, render_mode=None):
+        super().__init__(continuous)
+        self.render_mode = render_mode
+
+    def reset(self, *, seed=None, options=None):
+        obs, info = super().reset(seed=seed)
+        self.length = self.left = int(self.np_random.integers(2, 20))
+        return obs, info
+
+    def step(self, action):
+        obs, _, terminated, truncated, info = super().step(action)
+        return obs, 1.0, terminated, truncated, info
+
+    def render(self):
+        return np.full((8, 8, 3), [self.length - self.left, self.length, 0], np.uint8)
 
 
-@each_pair
-def test_tracking_offline(script, module, tmp_path):
+gym.register("test/Filmed-v0", Filmed)
+gym.register("test/FilmedBox-v0", Filmed, kwargs=dict(continuous=True))
+
+
+@each_back
+def test_the_film_is_of_the_first_episode_of_the_evaluation(module, tmp_path, monkeypatch):
+    """Frames of other episodes, of the time after the end, or of an environment that was not evaluated."""
+    films = []
+    video = importlib.import_module("gymnasium.utils.save_video")
+    monkeypatch.setattr(video, "save_video", lambda frames, folder, *_, **options: films.append((frames, folder)))
+    settings = dict(env_id=environment(module, "Filmed"), eval_episodes=5, capture_video=True)
+    written = module.train(arguments(module, tmp_path / "run", **settings))
+    ((frames, folder),) = films
+    length = int(written["eval_returns"][0])
+    assert length < max(written["eval_returns"]), "this one is meant to be shorter"
+    assert [tuple(frame[0, 0]) for frame in frames] == [(t, length, 0) for t in range(length)]
+    assert folder == str(tmp_path / "run")
+
+
+def test_a_picture_of_atari():
+    """It cannot be rendered beside the evaluation: the newest of the four frames of the first environment stands in."""
+    obs = np.arange(2 * 4 * 3 * 5).reshape(2, 4, 3, 5)
+    picture = script("ppo_clip").frame(types.SimpleNamespace(unwrapped=None), obs)
+    assert picture.shape == (3, 5, 3)
+    assert (picture == obs[0, 3, :, :, None]).all()
+
+
+class Wandb(types.ModuleType):
+    """As much of wandb as a run needs; it keeps what it is told."""
+
+    def __init__(self):
+        super().__init__("wandb")
+        self.given = []
+        self.lines = []
+        self.finished = 0
+
+    def setup(self):
+        return types.SimpleNamespace(settings=types.SimpleNamespace(mode="offline"))
+
+    def init(self, **given):
+        self.given.append(given)
+
+    def log(self, row, step):
+        self.lines.append((step, row))
+
+    def finish(self):
+        self.finished += 1
+
+
+@each_back
+def test_tracking(module, tmp_path, monkeypatch):
+    """--wandb-project or --wandb-entity without effect, or a resumed run that begins another page."""
+    fake = Wandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    folder = tmp_path / "run"
+    module.train(arguments(module, folder, track=True))
+    resume(module, folder, "--total-timesteps", 512)
+    given = dict(track=True, wandb_project="mine", wandb_entity="ours")
+    module.train(arguments(module, tmp_path / "other", **given))
+    first, again, other = fake.given
+    assert (first["project"], first["entity"], first["name"]) == ("foliorl", None, "run")
+    assert (other["project"], other["entity"], other["name"]) == ("mine", "ours", "other")
+    assert (first["id"], first["resume"]) == (again["id"], "allow")
+    assert first["id"] != other["id"]
+    assert first["config"].items() >= dict(algo=name_of(module), total_timesteps=256, seed=1).items()
+    assert again["config"]["total_timesteps"] == 512
+    rows = metrics(folder) + metrics(tmp_path / "other")
+    assert fake.lines == [(row["global_step"], row) for row in rows]
+    assert fake.finished == 3
+
+
+@each_back
+def test_tracking_offline(module, tmp_path):
     """--track with WANDB_MODE=offline leaves wandb's own files in the run directory, and the losses are in them."""
     pytest.importorskip("wandb")
-    line = flags(dict(env_id=simple_env(module)) | tiny(module, total_timesteps=256, run_dir="run", track=True))
     environ = dict(WANDB_MODE="offline", HOME=str(tmp_path))
-    done = Process(script, line, tmp_path, environ).wait()
+    done = start(module, tmp_path, *line(module, run_dir="run", track=True), environ=environ).wait()
     assert done.rc == 0, done.err
     (log,) = (tmp_path / "run").glob("wandb/offline-run-*/*.wandb")
     written = log.read_bytes()
     assert all(name.encode() in written for name in metrics(tmp_path / "run")[-1])
-    assert json.loads((tmp_path / "run" / "result.json").read_text())["total_timesteps"] == 256
+    assert result(tmp_path / "run")["total_timesteps"] == 256
+
+
+# Bugs that these tests find
+
+
+@pytest.mark.parametrize(
+    ("test", "name", "old", "new"),
+    [
+        (test_a_run_ends_with_its_last_whole_batch, "ppo_clip", "steps=self.step", "steps=self.args.total_timesteps"),
+        (test_the_directory_is_printed_before_the_first_step, "td3", "step {self.step} of", "of"),
+        (test_the_default_directory_has_no_colon_in_its_name, "ppo_clip", "'[:/]'", "'[/]'"),
+        (test_steps_per_second, "ppo_clip", "SPS=step / self.wall_time", "SPS=2 * step / self.wall_time"),
+        (test_steps_per_second, "td3", "sps=self.step / self", "sps=2 * self.step / self"),
+        (test_steps_per_second, "td3", "self.start = time.time() - self.wall_time", "self.start = time.time()"),
+        (test_steps_per_second, "ppo_clip", "run.log((iteration + 1) * N * T", "run.log((iteration + 1) * T"),
+        (test_a_plain_line_every_ten_seconds, "ppo_clip", "time.time() > self.next_line", "step"),
+        (test_the_bar_moves_with_each_step, "td3", "        run.bar.update(N)\n", ""),
+        (test_the_bar_moves_with_each_step, "td3", "update(step - self.bar.n)", "update(step - self.step)"),
+        (test_random_numbers_of_a_resumed_run, "ppo_clip", "env_seed(self.args.seed, self.step)", "self.args.seed"),
+        (test_compile_is_a_flag, "td3", "if args.compile and", "if"),
+        (test_a_broken_run_goes_on_from_its_checkpoint, "ppo_clip", "self.log_size, self.file", "10**9, self.file"),
+        (test_schedules_go_on_in_a_resumed_run, "ppo_clip", "iteration / num", "(iteration - first_iteration) / num"),
+        (test_a_new_learning_rate_counts_in_a_resumed_run, "td3", 'part.state_dict()["param_groups"])', "[][:0])"),
+        (test_an_evaluation_without_end_is_cut, "ppo_clip", "for _ in range(max_steps)", "for _ in range(99)"),
+        (test_an_evaluation_without_end_is_cut, "td3", "eval_cut=int(running.sum())", "eval_cut=0"),
+        (test_only_what_did_not_end_is_cut, "td3", "eval_cut=int(running.sum())", "eval_cut=len(running)"),
+        (test_arguments_of_the_environment_reach_it, "td3", "eval_episodes, args.env_kwargs", "eval_episodes, ''"),
+        (test_the_family_of_an_environment, "ppo_clip", "name in family.split()", "family.split()[0] in env_id"),
+        (test_the_film_is_of_the_first_episode_of_the_evaluation, "td3", "video and running[0]:", "video:"),
+        (test_tracking, "td3", "id=self.wandb_id", "id=str(time.time_ns())"),
+        (test_tracking, "ppo_clip", "entity=args.wandb_entity or None", "entity=None"),
+    ],
+    ids=lambda value: value.__name__ if callable(value) else None,
+)
+def test_a_planted_bug_is_found(request, test, name, old, new):
+    """Each of these edits of a script makes the test fail."""
+    fails_with_a_bug(request, test, name, old, new)

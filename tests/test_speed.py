@@ -259,7 +259,8 @@ def test_tasks_are_flags_of_the_script(task):
     args = importlib.import_module(f"algos.{task.script}").Args
     fields = {field.name for field in dataclasses.fields(args)}
     assert not task.extra.keys() & fields, "a flag of ours is set on the other side only"
-    args(**task.at(0) | OURS)  # raises on unknown names and impossible values
+    made = args(**task.at(0) | OURS)  # raises on unknown names and impossible values
+    assert not getattr(made, "anneal_lr", False), "no peer anneals its step size"
 
 
 @each_task

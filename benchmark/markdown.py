@@ -1,0 +1,211 @@
+"""Writes what report.py keeps as Markdown: benchmark/RESULTS.md and the short table of the README."""
+
+import re
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+
+from benchmark import report, speed
+from benchmark.report import Row, curve_file, read_baselines
+from benchmark.run import read_object
+from benchmark.suites import PPO_PAPER, PPO_PAPER_ENVS
+
+HEAD = ["Algorithm", "Environment", "Steps", "IQM [95% interval]", "Seeds", "Bar", "Best published", "Steps/s", ""]
+BEGIN = "<!-- results:begin -->"
+END = "<!-- results:end -->"
+README_HEAD = ["Script", "Environment, steps: score (best published)", "Speed"]
+README_SCORES = 3  # at most so many for each script
+README_CURVES = "HalfCheetah-v5"
+README_NOTE = """\
+Score: interquartile mean over seeds, in brackets the best published one, whatever its protocol. Speed: steps per second
+over those of the fastest peer in stable-baselines3, sb3-contrib and SBX (JAX), the least ratio that was measured. All
+scores with their intervals, sources and curves are in [benchmark/RESULTS.md](benchmark/RESULTS.md).
+"""
+ABOUT = """\
+# Results
+
+<!-- `python -m benchmark report` writes this file: what is changed by hand gets lost. -->
+
+A score is the mean return of episodes that the trained policy plays in fresh environments without exploring; DDPG and
+TD3 play their target policy, an average of the last ones. Each row is the interquartile mean over training runs that
+differ only in their seed, with its 95% interval in brackets (stratified bootstrap, Agarwal et al. 2021); no
+hyperparameter was tuned on these seeds. `python -m benchmark run --suite mujoco` trains the rows of a suite again and
+prints them as here, and `--algo`, `--env` and `--seeds` choose among its runs.
+
+PASS: not below the bar, with all seeds of the suite; short: not below it, with fewer. Bars and published scores with
+their sources are in [`references.csv`](references.csv), the score and the curve of every seed in
+[`baselines/`](baselines). Steps per second in this table are of runs side by side; the comparison of speed at the end
+had the machine to itself.
+"""
+PAPER = """\
+The experiment of the PPO paper (section 6.1) with these scripts: mean return of the last 100 training episodes after 1M
+steps (number of runs), and the average score normalised to 0 for the random policy and 1 for the best run on each
+environment.
+"""
+PAPER_NOTE = """\
+As in the paper, leaving out both clip and penalty is by far the worst choice, eps = 0.2 is the best of the three clips,
+with the same score, and A2C and the plain policy gradient stay behind. Unlike there, the adaptive KL does not lie
+between no clipping and eps = 0.2 but level with the latter: ahead on three environments, behind on Walker2d, and on
+each of them the runs of the two overlap. Without clip or penalty the score is small but not negative, for HalfCheetah,
+which made it negative in the paper, ends above the random policy here. On Hopper, Walker2d and InvertedDoublePendulum
+eps = 0.2 comes near the 2,300, 3,450 and 8,000 or so of the paper's Figure 3; on HalfCheetah it is far above the 1,800
+there. An environment enters the table when every setting has been run there:
+`python -m benchmark run --suite ppo_paper`.
+"""
+
+
+def published(reference: dict[str, str]) -> str:
+    """The best published score and how it was obtained, or nothing."""
+    return "{best_published} ({protocol})".format(**reference) if reference["best_published"] else ""
+
+
+def table_row(line: dict) -> list[str]:
+    """A line from `summarise` as text under HEAD."""
+    algo, env_id, steps = line["row"]
+    score = f"{line['iqm']:.1f}"
+    if line["n"] > 1:
+        score += f" [{line['low']:.1f}, {line['high']:.1f}]"
+    bar = line["reference"]["bar"]
+    sps = f"{line['sps']:,.0f}"
+    return [algo, env_id, f"{steps:,}", score, str(line["n"]), bar, published(line["reference"]), sps, line["verdict"]]
+
+
+def table(lines: list[dict]) -> str:
+    """Lines from `summarise` as a Markdown table that is aligned in a terminal, too."""
+    return aligned([HEAD, *map(table_row, lines)])
+
+
+def aligned(cells: list[list[str]]) -> str:
+    """A Markdown table of a head and rows, in columns of equal width."""
+    widths = [max(3, *map(len, column)) for column in zip(*cells)]  # of the rule under the head at least 3
+    rules = ["-" * width for width in widths]
+    return "\n".join("| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in [cells[0], rules, *cells[1:]])
+
+
+def paper_table(baselines: Path) -> str:
+    """The experiment of the PPO paper: mean of the last 100 training episodes by setting and environment.
+
+    The normalised score of an environment is 0 for the random policy and 1 for the best run; an environment on which
+    a setting is missing is left out.
+    """
+    kept = {row: [run["train_return"] for run in runs] for row, runs in read_baselines(baselines, "ppo_paper").items()}
+    rows = {}
+    for name, algo, flags, _ in PPO_PAPER:
+        for env_id in PPO_PAPER_ENVS:
+            rows[name, env_id] = (f"{algo} {flags}".strip(), env_id, 1_000_000)
+    names = [name for name, *_ in PPO_PAPER]
+    envs = [env_id for env_id in PPO_PAPER_ENVS if all(rows[name, env_id] in kept for name in names)]
+    if not envs:
+        return ""
+    random = report.read_random_returns(baselines)
+    best = {env_id: max(max(kept[rows[name, env_id]]) for name in names) for env_id in envs}
+    lines = []
+    for name, _, _, in_paper in PPO_PAPER:
+        returns = {env_id: np.array(kept[rows[name, env_id]]) for env_id in envs}
+        scores = [np.mean((returns[e] - random[e]) / (best[e] - random[e])) for e in envs]
+        cells = [f"{x.mean():.0f} ({len(x)})" for x in returns.values()]
+        theirs = "" if in_paper is None else str(in_paper)
+        lines.append((np.mean(scores), [name, *cells, f"{np.mean(scores):.2f}", theirs]))
+    lines.sort(key=lambda line: -line[0])
+    head = ["Setting", *envs, "normalised", "PPO paper"]
+    last = ["random policy", *(f"{random[env_id]:.0f}" for env_id in envs), "0", "0"]
+    return aligned([head, *(cells for _, cells in lines), last])
+
+
+def paper_section(baselines: Path) -> str:
+    """What is said of the PPO paper's experiment; empty if no environment of it was run."""
+    compared = paper_table(baselines)
+    return f"{PAPER}\n{compared}\n\n{PAPER_NOTE}" if compared else ""
+
+
+def speed_section(baselines: Path) -> str:
+    """What was measured of speed; empty if nothing was."""
+    path = baselines / "speed.json"
+    return speed.summary(read_object(path)) if path.exists() else ""
+
+
+def results_file(baselines: Path, references: dict[Row, dict[str, str]]) -> str:
+    """The text of RESULTS.md, whose links start in the folder of the baselines' folder."""
+    kept = read_baselines(baselines, *report.TABULATED)
+    sources = ""
+    for row in kept:
+        if row in references:
+            reference = references[row]
+            told = filter(None, [published(reference), reference["source"], reference["note"]])
+            sources += f"- {row[0]}, {row[1]}, {row[2]:,} steps: {'; '.join(told)}\n"
+    curves = ""
+    for env_id in dict.fromkeys(env_id for _, env_id, _ in kept):
+        curves += f'<img src="baselines/{curve_file(env_id)}" width="49%" alt="Learning curves on {env_id}">\n'
+    sections = {
+        "Where the bars and the published scores come from": sources,
+        "Learning curves": curves,
+        "The experiment of the PPO paper": paper_section(baselines),
+        "Speed": speed_section(baselines),
+    }
+    text = f"{ABOUT}\n{table(list(report.results(kept, references).values()))}\n"
+    for title, section in sections.items():
+        if section:
+            text += f"\n## {title}\n\n{section}"
+    return text
+
+
+def short_number(value: float) -> str:
+    """A score in few digits."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.1f}"
+
+
+def short_steps(steps: int) -> str:
+    """A budget such as 25k or 1M."""
+    return f"{steps / 1e6:g}M" if steps >= 1e6 else f"{steps / 1e3:g}k"
+
+
+def short_score(line: dict) -> str:
+    """A line from `summarise` in a few words, such as HalfCheetah 100k: 5,030 (4,339)."""
+    _, env_id, steps = line["row"]
+    name = re.sub(r"-v\d+$", "", env_id)
+    best = line["reference"]["best_published"]
+    brackets = f" ({short_number(float(best))})" if best else ""
+    return f"{name} {short_steps(steps)}: {short_number(line['iqm'])}{brackets}"
+
+
+def least_ratios(baselines: Path) -> dict[str, str]:
+    """For each script how it compares with the peer that comes nearest to its speed."""
+    path = baselines / "speed.json"
+    found: dict[str, tuple[float, str]] = {}
+    for key, entry in read_object(path)["tasks"].items() if path.exists() else ():
+        script, peer, _ = key.split()
+        measured = (speed.ratio(entry), peer)
+        found[script] = min(found.get(script, measured), measured)
+    return {script: f"{ratio:.2f} x {peer}" for script, (ratio, peer) in found.items()}
+
+
+def readme_part(baselines: Path, references: dict[Row, dict[str, str]]) -> str:
+    """What stands in the README between the marks: one row for each script, and one picture.
+
+    The suites go from easy to hard, so the last scores tell most; those with a published one come before the others.
+    """
+    kept = read_baselines(baselines, *report.TABULATED)
+    scores: dict[str, dict[str, dict]] = defaultdict(dict)
+    for (algo, env_id, _), line in report.results(kept, references).items():
+        if " " not in algo:  # flags of its own say nothing about the script's defaults
+            scores[algo][env_id] = line
+    ratios = least_ratios(baselines)
+    rows = []
+    for algo, by_env in scores.items():
+        lines = [line for line in by_env.values() if line["reference"]["best_published"]] or list(by_env.values())
+        rows.append([algo, ", ".join(map(short_score, lines[-README_SCORES:])), ratios.get(algo, "")])
+    text = f"{aligned([README_HEAD, *rows])}\n\n{README_NOTE}"
+    if any(env_id == README_CURVES for _, env_id, _ in kept):
+        picture = f"benchmark/baselines/{curve_file(README_CURVES)}"
+        text += f'\n<img src="{picture}" width="75%" alt="Learning curves on {README_CURVES}">\n'
+    return text
+
+
+def insert(readme: str, text: str) -> str:
+    """The README with `text` between the marks."""
+    if readme.count(BEGIN) != 1 or readme.count(END) != 1:
+        raise ValueError(f"the README must hold {BEGIN} and {END} once")
+    head, rest = readme.split(BEGIN)
+    _, tail = rest.split(END)
+    return f"{head}{BEGIN}\n{text}{END}{tail}"
