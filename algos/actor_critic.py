@@ -215,12 +215,8 @@ def train(args: Args) -> dict:
             if args.clip_reward:
                 reward = reward.clip(-1, 1)
             discounted = args.gamma * discounted * valid + reward
-            rollout.append(
-                dict(
-                    obs=obs, actions=action, rewards=reward, terminated=terminated, valid=valid,
-                    discounted=discounted,
-                )
-            )  # fmt: skip
+            step = dict(obs=obs, actions=action, rewards=reward, terminated=terminated, valid=valid)
+            rollout.append(step | dict(discounted=discounted))
             obs = next_obs
             action = agent.act(obs)  # a' is needed where an episode was cut, too
         batch = stack(rollout, device)  # tensors (T, N, ...)
@@ -261,9 +257,7 @@ FAMILIES = {
         total_timesteps=1_000_000, num_envs=16, gamma=0.995, ent_coef=1e-5,
     ),
     "HalfCheetah Hopper Walker2d Ant Humanoid HumanoidStandup Swimmer Reacher Pusher InvertedPendulum "
-    "InvertedDoublePendulum": dict(
-        total_timesteps=1_000_000, log_std_init=-0.7, norm_obs=True, compile=True,
-    ),
+    "InvertedDoublePendulum": dict(total_timesteps=1_000_000, log_std_init=-0.7, norm_obs=True, compile=True),
     "MinAtar/": dict(
         total_timesteps=1_000_000, num_envs=64, critic_learning_rate=1e-3, ent_coef=0.01, norm_reward=False,
     ),
@@ -280,7 +274,7 @@ FAMILIES = {
 # What follows is plumbing: no algorithm is in it, and every script that needs a part of it has the same text.
 
 
-class Refusal(ValueError):
+class Refusal(Exception):
     """Bad input or a fault from outside, said in one sentence; main() prints it without a traceback."""
 
 
@@ -704,9 +698,9 @@ class Run:
             raise Refusal(f"{path} is damaged; start the run anew in another --run-dir") from error
 
         now = asdict(self.args) | dict(algo=self.algo)
-        for name in ("algo", "env_id", "env_kwargs", "seed", "run_dir"):
-            if now[name] != before[name]:
-                raise Refusal(f"{self.dir} holds a run with {name} {before[name]!r}, which cannot change")
+        for name in ("algo", "env_id", "env_kwargs", "seed", "run_dir", "optimizer"):
+            if now.get(name) != before.get(name):
+                raise Refusal(f"{self.dir} holds a run with {name} {before.get(name)!r}, which cannot change")
         if now["total_timesteps"] < self.step:
             raise Refusal(f"{self.dir} has {self.step} steps already, more than total_timesteps")
         if now["total_timesteps"] != before["total_timesteps"]:
@@ -837,7 +831,9 @@ def read_config(folder: Path) -> dict:
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text())
-        arguments = {field.name: field.type(config[field.name]) for field in fields(Args)}
+        arguments = {field.name: config[field.name] for field in fields(Args)}
+        if not all(isinstance(value, str | int | float) for value in arguments.values()):
+            raise TypeError("a value is neither text nor number")
     except FileNotFoundError as error:
         raise Refusal(f"{folder} holds no run to resume") from error
     except (OSError, ValueError, KeyError, TypeError) as error:

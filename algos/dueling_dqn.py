@@ -243,7 +243,7 @@ FAMILIES = {
 # What follows is plumbing: no algorithm is in it, and every script that needs a part of it has the same text.
 
 
-class Refusal(ValueError):
+class Refusal(Exception):
     """Bad input or a fault from outside, said in one sentence; main() prints it without a traceback."""
 
 
@@ -714,9 +714,9 @@ class Run:
             raise Refusal(f"{path} is damaged; start the run anew in another --run-dir") from error
 
         now = asdict(self.args) | dict(algo=self.algo)
-        for name in ("algo", "env_id", "env_kwargs", "seed", "run_dir"):
-            if now[name] != before[name]:
-                raise Refusal(f"{self.dir} holds a run with {name} {before[name]!r}, which cannot change")
+        for name in ("algo", "env_id", "env_kwargs", "seed", "run_dir", "optimizer"):
+            if now.get(name) != before.get(name):
+                raise Refusal(f"{self.dir} holds a run with {name} {before.get(name)!r}, which cannot change")
         if now["total_timesteps"] < self.step:
             raise Refusal(f"{self.dir} has {self.step} steps already, more than total_timesteps")
         if now["total_timesteps"] != before["total_timesteps"]:
@@ -847,7 +847,9 @@ def read_config(folder: Path) -> dict:
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text())
-        arguments = {field.name: field.type(config[field.name]) for field in fields(Args)}
+        arguments = {field.name: config[field.name] for field in fields(Args)}
+        if not all(isinstance(value, str | int | float) for value in arguments.values()):
+            raise TypeError("a value is neither text nor number")
     except FileNotFoundError as error:
         raise Refusal(f"{folder} holds no run to resume") from error
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -7,7 +7,7 @@
 """NPG: natural policy gradient, found by conjugate gradient.
 
 Kakade 2001, and Rajeswaran et al. 2017, arXiv:1703.02660. Child of a2c.py: a policy step that is measured by how far
-the policy moves, not by how far its parameters do, and a critic that is fitted apart from it.
+the policy moves, not by how far its parameters do; the critic is fitted apart from it.
 
     theta <- theta + alpha F^-1 g    with  g = E[grad log pi(a|s) A]  and  F = E[grad log pi(a|s) grad log pi(a|s)^T]
     V minimises  E[(V - R)^2]
@@ -17,8 +17,8 @@ F is the Fisher matrix of the policy. A is estimated by GAE(lambda) under the ol
     python algos/npg.py --env-id CartPole-v1       # 500 after 100,000 steps
     python algos/npg.py --env-id HalfCheetah-v5    # 5,500 after 1M steps
 
-Not in the papers: step sizes fall to 0, F has damping I added to it, rewards, advantages and (on MuJoCo) observations
-are normalised, layers start orthogonal, and actions in [-1, 1] are scaled to the bounds of the environment.
+Not in the papers: step sizes fall to 0, damping I is added to F, rewards, advantages and (on MuJoCo) observations are
+normalised, layers start orthogonal, and actions in [-1, 1] are scaled to the bounds of the environment.
 
 Read to the end of train(); what follows the ruler is the same in every script.
 """
@@ -123,8 +123,8 @@ class Agent(nn.Module):
         nn.init.orthogonal_(self.critic[-1].weight, 1.0)
 
     def policy_parameters(self) -> list[nn.Parameter]:
-        """theta: the parameters of everything but the critic, listed anew so that a part may be replaced."""
-        return [part for name, part in self.named_parameters() if not name.startswith("critic.")]
+        """theta, the parameters of all but the critic; listed anew each time, for a part may have been replaced."""
+        return [parameter for name, parameter in self.named_parameters() if not name.startswith("critic.")]
 
     def policy(self, x: Tensor) -> Distribution:
         """pi(.|s) of encoded observations (B, width)."""
@@ -189,8 +189,8 @@ def fisher_vector_product(agent: Agent, obs: Tensor, damping: float) -> Callable
     parameters = agent.policy_parameters()
     with torch.no_grad():
         old = agent.policy(agent.encoder(obs))
-    new = agent.policy(agent.encoder(obs))  # the same policy, but as a function of theta
-    kl = kl_divergence(old, new).mean()
+    policy = agent.policy(agent.encoder(obs))  # the same, but as a function of theta
+    kl = kl_divergence(old, policy).mean()
     gradient = flat_gradient(kl, parameters, create_graph=True)
 
     def product(v: Tensor) -> Tensor:
@@ -209,36 +209,36 @@ def conjugate_gradient(
     x = torch.zeros_like(b)
     residual = b  # b - H x
     direction = b
-    squared = b @ b  # |residual|^2
-    goal = tolerance**2 * squared
+    squared_norm = b @ b  # of the residual
+    goal = tolerance**2 * squared_norm
     for _ in range(iterations):
-        image = product(direction)
+        image = product(direction)  # H d
         curvature = direction @ image
         if not curvature > 0:  # also if it is not a number
             break
-        length = squared / curvature
+        length = squared_norm / curvature
         x = x + length * direction
         residual = residual - length * image
-        last_squared = squared
-        squared = residual @ residual
-        if squared <= goal:
+        last_squared_norm = squared_norm
+        squared_norm = residual @ residual
+        if squared_norm <= goal:
             break
-        direction = residual + squared / last_squared * direction
+        direction = residual + squared_norm / last_squared_norm * direction
     return x
 
 
-def natural_gradient_step(agent: Agent, batch: dict[str, Tensor], step: float, args: Args) -> dict[str, Tensor]:
-    """theta <- theta + alpha F^-1 g with alpha = step, on a batch with one transition per row; returns what to log."""
+def natural_gradient_step(agent: Agent, batch: dict[str, Tensor], alpha: float, args: Args) -> dict[str, Tensor]:
+    """theta <- theta + alpha F^-1 g, on a batch with one transition per row; returns what to log."""
     obs = batch["obs"]
     parameters = agent.policy_parameters()
     with torch.no_grad():
         old = agent.policy(agent.encoder(obs))
-    new = agent.policy(agent.encoder(obs))  # the same policy, but as a function of theta
-    gradient = flat_gradient(surrogate(old, new, batch), parameters)
+    policy = agent.policy(agent.encoder(obs))  # the same, but as a function of theta
+    gradient = flat_gradient(surrogate(old, policy, batch), parameters)
     fisher = fisher_vector_product(agent, obs[:: args.fisher_stride], args.damping)
-    direction = conjugate_gradient(fisher, gradient, args.cg_iterations)
+    direction = conjugate_gradient(fisher, gradient, args.cg_iterations)  # F^-1 g
     theta = parameters_to_vector(parameters).detach()
-    vector_to_parameters(theta + step * direction, parameters)
+    vector_to_parameters(theta + alpha * direction, parameters)
 
     with torch.no_grad():
         new = agent.policy(agent.encoder(obs))
@@ -295,12 +295,8 @@ def train(args: Args) -> dict:
             if args.clip_reward:
                 reward = reward.clip(-1, 1)
             discounted = args.gamma * discounted * valid + reward
-            rollout.append(
-                dict(
-                    obs=obs, actions=action, rewards=reward, terminated=terminated, done=done, valid=valid,
-                    discounted=discounted,
-                )
-            )  # fmt: skip
+            step = dict(obs=obs, actions=action, rewards=reward, terminated=terminated, done=done, valid=valid)
+            rollout.append(step | dict(discounted=discounted))
             obs = next_obs
         batch = stack(rollout, device)  # tensors (T, N, ...)
         valid = batch["valid"]
@@ -368,7 +364,7 @@ FAMILIES = {
 # What follows is plumbing: no algorithm is in it, and every script that needs a part of it has the same text.
 
 
-class Refusal(ValueError):
+class Refusal(Exception):
     """Bad input or a fault from outside, said in one sentence; main() prints it without a traceback."""
 
 
@@ -792,9 +788,9 @@ class Run:
             raise Refusal(f"{path} is damaged; start the run anew in another --run-dir") from error
 
         now = asdict(self.args) | dict(algo=self.algo)
-        for name in ("algo", "env_id", "env_kwargs", "seed", "run_dir"):
-            if now[name] != before[name]:
-                raise Refusal(f"{self.dir} holds a run with {name} {before[name]!r}, which cannot change")
+        for name in ("algo", "env_id", "env_kwargs", "seed", "run_dir", "optimizer"):
+            if now.get(name) != before.get(name):
+                raise Refusal(f"{self.dir} holds a run with {name} {before.get(name)!r}, which cannot change")
         if now["total_timesteps"] < self.step:
             raise Refusal(f"{self.dir} has {self.step} steps already, more than total_timesteps")
         if now["total_timesteps"] != before["total_timesteps"]:
@@ -925,7 +921,9 @@ def read_config(folder: Path) -> dict:
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text())
-        arguments = {field.name: field.type(config[field.name]) for field in fields(Args)}
+        arguments = {field.name: config[field.name] for field in fields(Args)}
+        if not all(isinstance(value, str | int | float) for value in arguments.values()):
+            raise TypeError("a value is neither text nor number")
     except FileNotFoundError as error:
         raise Refusal(f"{folder} holds no run to resume") from error
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -226,12 +226,8 @@ def train(args: Args) -> dict:
             if args.clip_reward:
                 reward = reward.clip(-1, 1)
             discounted = args.gamma * discounted * valid + reward
-            rollout.append(
-                dict(
-                    obs=obs, actions=action, rewards=reward, terminated=terminated, done=done, valid=valid,
-                    discounted=discounted,
-                )
-            )  # fmt: skip
+            step = dict(obs=obs, actions=action, rewards=reward, terminated=terminated, done=done, valid=valid)
+            rollout.append(step | dict(discounted=discounted))
             obs = next_obs
         batch = stack(rollout, device)  # tensors (T, N, ...)
         valid = batch["valid"]
@@ -274,9 +270,7 @@ def train(args: Args) -> dict:
 
 # Defaults beside those of Args: of the first family that names the environment, or the kind of its spaces.
 FAMILIES = {
-    "Pendulum": dict(
-        num_steps=1024, update_epochs=10, num_minibatches=64, gamma=0.9, compile=True, eval_episodes=100,
-    ),
+    "Pendulum": dict(num_steps=1024, update_epochs=10, num_minibatches=64, gamma=0.9, compile=True, eval_episodes=100),
     "Acrobot MountainCar": dict(
         total_timesteps=300_000, num_envs=16, update_epochs=10, num_minibatches=16, gae_lambda=0.94, norm_obs=True,
         compile=True, eval_episodes=100,
@@ -290,14 +284,12 @@ FAMILIES = {
         total_timesteps=1_000_000, num_envs=1, num_steps=2048, update_epochs=10, num_minibatches=32,
         learning_rate=3e-4, log_std_init=-0.7, norm_obs=True, compile=True,
     ),
-    "MinAtar/": dict(
-        total_timesteps=1_000_000, num_envs=64, num_minibatches=8, ent_coef=0.01, norm_reward=False,
-    ),
+    "MinAtar/": dict(total_timesteps=1_000_000, num_envs=64, num_minibatches=8, ent_coef=0.01, norm_reward=False),
     "ALE/": dict(
         total_timesteps=10_000_000, num_envs=8, update_epochs=3, learning_rate=2.5e-4, clip_coef=0.1, anneal_clip=True,
         vf_coef=0.25, ent_coef=0.01, norm_reward=False, clip_reward=True, torch_threads=0,
     ),
-    "Discrete-observations": dict(norm_reward=False),
+    "Discrete-observations": dict(num_envs=16, num_minibatches=16, ent_coef=0.01, norm_reward=False),
     "Box-actions": dict(log_std_init=-0.7),
 }  # fmt: skip
 
@@ -306,7 +298,7 @@ FAMILIES = {
 # What follows is plumbing: no algorithm is in it, and every script that needs a part of it has the same text.
 
 
-class Refusal(ValueError):
+class Refusal(Exception):
     """Bad input or a fault from outside, said in one sentence; main() prints it without a traceback."""
 
 
@@ -730,9 +722,9 @@ class Run:
             raise Refusal(f"{path} is damaged; start the run anew in another --run-dir") from error
 
         now = asdict(self.args) | dict(algo=self.algo)
-        for name in ("algo", "env_id", "env_kwargs", "seed", "run_dir"):
-            if now[name] != before[name]:
-                raise Refusal(f"{self.dir} holds a run with {name} {before[name]!r}, which cannot change")
+        for name in ("algo", "env_id", "env_kwargs", "seed", "run_dir", "optimizer"):
+            if now.get(name) != before.get(name):
+                raise Refusal(f"{self.dir} holds a run with {name} {before.get(name)!r}, which cannot change")
         if now["total_timesteps"] < self.step:
             raise Refusal(f"{self.dir} has {self.step} steps already, more than total_timesteps")
         if now["total_timesteps"] != before["total_timesteps"]:
@@ -863,7 +855,9 @@ def read_config(folder: Path) -> dict:
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text())
-        arguments = {field.name: field.type(config[field.name]) for field in fields(Args)}
+        arguments = {field.name: config[field.name] for field in fields(Args)}
+        if not all(isinstance(value, str | int | float) for value in arguments.values()):
+            raise TypeError("a value is neither text nor number")
     except FileNotFoundError as error:
         raise Refusal(f"{folder} holds no run to resume") from error
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -10,7 +10,7 @@ Schulman et al. 2017, arXiv:1707.06347, section 4. Child of a2c.py: the KL penal
 epochs of minibatches.
 
     L = E[r A - beta KL(pi_old || pi)] - c1 E[(V - R)^2] + c2 E[H(pi)]    with  r = pi(a|s) / pi_old(a|s)
-    After each batch,  beta <- beta / 2  if  E[KL] < d / 1.5,  and  beta <- 2 beta  if  E[KL] > 1.5 d
+    beta <- beta / 2  if  E[KL] < d / 1.5,    beta <- 2 beta  if  E[KL] > 1.5 d,    after each batch
 
 A is estimated by GAE(lambda) under the old policy, and R = A + V_old; d is the KL to aim at.
 
@@ -37,7 +37,7 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
 import filelock
 import gymnasium as gym
@@ -64,7 +64,7 @@ class Args:
     anneal_lr: bool = True  # let the step size fall linearly to 0
     gamma: float = 0.99  # discount
     gae_lambda: float = 0.95  # lambda of GAE, from 0 (one-step TD) to 1 (Monte Carlo)
-    kl: str = "adaptive"  # adaptive: beta follows the measured KL; fixed: beta stays as it is
+    kl: Literal["adaptive", "fixed"] = "adaptive"  # beta follows the measured KL, or stays as it is
     beta: float = 1.0  # weight of the KL penalty, at the start if adaptive; the best fixed one of the paper is 3
     target_kl: float = 0.01  # KL(old || new) to aim at in each iteration
     vf_coef: float = 0.5  # c1, weight of the value loss
@@ -98,8 +98,6 @@ class Args:
             raise Refusal(f"num_envs * num_steps = {batch_size} may not exceed total_timesteps")
         if batch_size % self.num_minibatches != 0:
             raise Refusal(f"num_envs * num_steps = {batch_size} must be divisible by num_minibatches")
-        if self.kl not in ("adaptive", "fixed"):
-            raise Refusal(f"kl must be adaptive or fixed, but is {self.kl}")
 
 
 class Agent(nn.Module):
@@ -212,7 +210,7 @@ def train(args: Args) -> dict:
     first_iteration = run.step // (N * T)
     obs, _ = envs.reset(seed=env_seed(args.seed, first_iteration * N))
     policy, _ = agent(to_tensor(obs, device))
-    kl_divergence(policy, policy)  # PyTorch looks up the formula in the first call, which must not be a compiled one
+    kl_divergence(policy, policy)  # PyTorch looks up the formula at the first call, which must not be a compiled one
     done = np.zeros(N, bool)
     score = np.zeros(N)  # return so far of the running episodes
     discounted = np.zeros(N)  # the same, discounted, of the rewards that are learned from
@@ -234,12 +232,8 @@ def train(args: Args) -> dict:
             if args.clip_reward:
                 reward = reward.clip(-1, 1)
             discounted = args.gamma * discounted * valid + reward
-            rollout.append(
-                dict(
-                    obs=obs, actions=action, rewards=reward, terminated=terminated, done=done, valid=valid,
-                    discounted=discounted,
-                )
-            )  # fmt: skip
+            step = dict(obs=obs, actions=action, rewards=reward, terminated=terminated, done=done, valid=valid)
+            rollout.append(step | dict(discounted=discounted))
             obs = next_obs
         batch = stack(rollout, device)  # tensors (T, N, ...)
         valid = batch["valid"]
@@ -306,8 +300,8 @@ FAMILIES = {
     ),
     "MinAtar/": dict(total_timesteps=1_000_000, num_envs=64, num_minibatches=8, ent_coef=0.01, norm_reward=False),
     "ALE/": dict(
-        total_timesteps=10_000_000, num_envs=8, update_epochs=3, learning_rate=2.5e-4, vf_coef=0.25,
-        ent_coef=0.01, norm_reward=False, clip_reward=True, torch_threads=0,
+        total_timesteps=10_000_000, num_envs=8, update_epochs=3, learning_rate=2.5e-4, vf_coef=0.25, ent_coef=0.01,
+        norm_reward=False, clip_reward=True, torch_threads=0,
     ),
     "Discrete-observations": dict(norm_reward=False),
     "Box-actions": dict(log_std_init=-0.7),
@@ -318,7 +312,7 @@ FAMILIES = {
 # What follows is plumbing: no algorithm is in it, and every script that needs a part of it has the same text.
 
 
-class Refusal(ValueError):
+class Refusal(Exception):
     """Bad input or a fault from outside, said in one sentence; main() prints it without a traceback."""
 
 
@@ -742,9 +736,9 @@ class Run:
             raise Refusal(f"{path} is damaged; start the run anew in another --run-dir") from error
 
         now = asdict(self.args) | dict(algo=self.algo)
-        for name in ("algo", "env_id", "env_kwargs", "seed", "run_dir"):
-            if now[name] != before[name]:
-                raise Refusal(f"{self.dir} holds a run with {name} {before[name]!r}, which cannot change")
+        for name in ("algo", "env_id", "env_kwargs", "seed", "run_dir", "optimizer"):
+            if now.get(name) != before.get(name):
+                raise Refusal(f"{self.dir} holds a run with {name} {before.get(name)!r}, which cannot change")
         if now["total_timesteps"] < self.step:
             raise Refusal(f"{self.dir} has {self.step} steps already, more than total_timesteps")
         if now["total_timesteps"] != before["total_timesteps"]:
@@ -875,7 +869,9 @@ def read_config(folder: Path) -> dict:
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text())
-        arguments = {field.name: field.type(config[field.name]) for field in fields(Args)}
+        arguments = {field.name: config[field.name] for field in fields(Args)}
+        if not all(isinstance(value, str | int | float) for value in arguments.values()):
+            raise TypeError("a value is neither text nor number")
     except FileNotFoundError as error:
         raise Refusal(f"{folder} holds no run to resume") from error
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -4,22 +4,23 @@
 #   "ale-py==0.12.1", "MinAtar==1.0.15", "tyro==1.0.17", "tqdm==4.70.1", "filelock==3.20.0", "moviepy==2.2.1",
 #   "wandb==0.31.0"]
 # ///
-"""TRPO: trust region policy optimization.
+"""TRPO: trust region policy optimization, the longest policy step within a bound on the KL divergence.
 
-Schulman et al. 2015, arXiv:1502.05477. Child of npg.py: the step is as long as the KL divergence may be, and is
-shortened until it keeps to that and raises the objective.
+Schulman et al. 2015, arXiv:1502.05477. Child of npg.py: the length of the step follows from the bound on the
+KL divergence, and is cut until the step keeps to the bound and raises the objective.
 
     maximise  L = E[pi(a|s) / pi_old(a|s) A]    subject to  E[KL(pi_old || pi)] <= delta
-    theta <- theta + 0.8^k sqrt(2 delta / x^T F x) x    with  x = F^-1 g,  for the first k = 0, 1, ... that will do
+    theta <- theta + 0.8^k sqrt(2 delta / x^T F x) x    with  x = F^-1 g  and the first k = 0, 1, ... that will do
     V minimises  E[(V - R)^2]
 
-g is the gradient of L, F the Fisher matrix. A is estimated by GAE(lambda) under the old policy, and R = A + V_old.
+g is the gradient of L and F the Fisher matrix. A is estimated by GAE(lambda) under the old policy, and R = A + V_old.
 
     python algos/trpo.py --env-id CartPole-v1       # 500 after 100,000 steps
     python algos/trpo.py --env-id HalfCheetah-v5    # 5,600 after 1M steps
 
-Not in the paper: GAE (arXiv:1506.02438) with a critic that Adam fits, rewards, advantages and (on MuJoCo) observations
-are normalised, layers start orthogonal, and actions in [-1, 1] are scaled to the bounds of the environment.
+Not in the paper: A comes from GAE (arXiv:1506.02438) and a critic, damping I is added to F, rewards, advantages and
+(on MuJoCo) observations are normalised, layers start orthogonal, and actions in [-1, 1] are scaled to the bounds of the
+environment.
 
 Read to the end of train(); what follows the ruler is the same in every script.
 """
@@ -125,8 +126,8 @@ class Agent(nn.Module):
         nn.init.orthogonal_(self.critic[-1].weight, 1.0)
 
     def policy_parameters(self) -> list[nn.Parameter]:
-        """theta: the parameters of everything but the critic, listed anew so that a part may be replaced."""
-        return [part for name, part in self.named_parameters() if not name.startswith("critic.")]
+        """theta, the parameters of all but the critic; listed anew each time, for a part may have been replaced."""
+        return [parameter for name, parameter in self.named_parameters() if not name.startswith("critic.")]
 
     def policy(self, x: Tensor) -> Distribution:
         """pi(.|s) of encoded observations (B, width)."""
@@ -191,8 +192,8 @@ def fisher_vector_product(agent: Agent, obs: Tensor, damping: float) -> Callable
     parameters = agent.policy_parameters()
     with torch.no_grad():
         old = agent.policy(agent.encoder(obs))
-    new = agent.policy(agent.encoder(obs))  # the same policy, but as a function of theta
-    kl = kl_divergence(old, new).mean()
+    policy = agent.policy(agent.encoder(obs))  # the same, but as a function of theta
+    kl = kl_divergence(old, policy).mean()
     gradient = flat_gradient(kl, parameters, create_graph=True)
 
     def product(v: Tensor) -> Tensor:
@@ -211,36 +212,39 @@ def conjugate_gradient(
     x = torch.zeros_like(b)
     residual = b  # b - H x
     direction = b
-    squared = b @ b  # |residual|^2
-    goal = tolerance**2 * squared
+    squared_norm = b @ b  # of the residual
+    goal = tolerance**2 * squared_norm
     for _ in range(iterations):
-        image = product(direction)
+        image = product(direction)  # H d
         curvature = direction @ image
         if not curvature > 0:  # also if it is not a number
             break
-        length = squared / curvature
+        length = squared_norm / curvature
         x = x + length * direction
         residual = residual - length * image
-        last_squared = squared
-        squared = residual @ residual
-        if squared <= goal:
+        last_squared_norm = squared_norm
+        squared_norm = residual @ residual
+        if squared_norm <= goal:
             break
-        direction = residual + squared / last_squared * direction
+        direction = residual + squared_norm / last_squared_norm * direction
     return x
 
 
 def trust_region_step(agent: Agent, batch: dict[str, Tensor], args: Args) -> dict[str, Tensor]:
-    """The longest step along x = F^-1 g that will do, or none, on a batch with one transition per row; what to log."""
+    """theta <- theta + 0.8^k sqrt(2 delta / x^T F x) x for the first k that will do; returns what to log.
+
+    The batch has one transition per row. If no k will do, the weights stay as they were, to the bit.
+    """
     obs = batch["obs"]
     parameters = agent.policy_parameters()
     with torch.no_grad():
         old = agent.policy(agent.encoder(obs))
-    new = agent.policy(agent.encoder(obs))  # the same policy, but as a function of theta
-    gradient = flat_gradient(surrogate(old, new, batch), parameters)
+    policy = agent.policy(agent.encoder(obs))  # the same, but as a function of theta
+    gradient = flat_gradient(surrogate(old, policy, batch), parameters)
     fisher = fisher_vector_product(agent, obs[:: args.fisher_stride], args.damping)
-    direction = conjugate_gradient(fisher, gradient, args.cg_iterations)
+    direction = conjugate_gradient(fisher, gradient, args.cg_iterations)  # F^-1 g
     theta = parameters_to_vector(parameters).detach()
-    curvature = direction @ fisher(direction)
+    curvature = direction @ fisher(direction)  # x^T F x
     full_step = (2 * args.target_kl / curvature).sqrt() * direction  # KL = delta to second order, app. C
 
     with torch.no_grad():
@@ -250,7 +254,7 @@ def trust_region_step(agent: Agent, batch: dict[str, Tensor], args: Args) -> dic
             new = agent.policy(agent.encoder(obs))
             kl = kl_divergence(old, new).mean()
             gain = surrogate(old, new, batch) - batch["advantages"].mean()
-            if kl <= args.target_kl and gain > 0:  # false if there is no curvature, for then they are not numbers
+            if kl <= args.target_kl and gain > 0:  # not if they are NaN, as they are without curvature
                 break
         else:
             vector_to_parameters(theta, parameters)
@@ -308,12 +312,8 @@ def train(args: Args) -> dict:
             if args.clip_reward:
                 reward = reward.clip(-1, 1)
             discounted = args.gamma * discounted * valid + reward
-            rollout.append(
-                dict(
-                    obs=obs, actions=action, rewards=reward, terminated=terminated, done=done, valid=valid,
-                    discounted=discounted,
-                )
-            )  # fmt: skip
+            step = dict(obs=obs, actions=action, rewards=reward, terminated=terminated, done=done, valid=valid)
+            rollout.append(step | dict(discounted=discounted))
             obs = next_obs
         batch = stack(rollout, device)  # tensors (T, N, ...)
         valid = batch["valid"]
@@ -381,7 +381,7 @@ FAMILIES = {
 # What follows is plumbing: no algorithm is in it, and every script that needs a part of it has the same text.
 
 
-class Refusal(ValueError):
+class Refusal(Exception):
     """Bad input or a fault from outside, said in one sentence; main() prints it without a traceback."""
 
 
@@ -805,9 +805,9 @@ class Run:
             raise Refusal(f"{path} is damaged; start the run anew in another --run-dir") from error
 
         now = asdict(self.args) | dict(algo=self.algo)
-        for name in ("algo", "env_id", "env_kwargs", "seed", "run_dir"):
-            if now[name] != before[name]:
-                raise Refusal(f"{self.dir} holds a run with {name} {before[name]!r}, which cannot change")
+        for name in ("algo", "env_id", "env_kwargs", "seed", "run_dir", "optimizer"):
+            if now.get(name) != before.get(name):
+                raise Refusal(f"{self.dir} holds a run with {name} {before.get(name)!r}, which cannot change")
         if now["total_timesteps"] < self.step:
             raise Refusal(f"{self.dir} has {self.step} steps already, more than total_timesteps")
         if now["total_timesteps"] != before["total_timesteps"]:
@@ -938,7 +938,9 @@ def read_config(folder: Path) -> dict:
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text())
-        arguments = {field.name: field.type(config[field.name]) for field in fields(Args)}
+        arguments = {field.name: config[field.name] for field in fields(Args)}
+        if not all(isinstance(value, str | int | float) for value in arguments.values()):
+            raise TypeError("a value is neither text nor number")
     except FileNotFoundError as error:
         raise Refusal(f"{folder} holds no run to resume") from error
     except (OSError, ValueError, KeyError, TypeError) as error:

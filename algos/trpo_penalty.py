@@ -7,12 +7,12 @@
 """TRPO-Penalty: trust region policy optimization with the constraint as a penalty.
 
 Schulman et al. 2015, arXiv:1502.05477, section 4. Child of a2c.py: the constraint KL <= delta as a penalty, whose
-multiplier lambda climbs the dual.
+multiplier lambda climbs the dual; one batch serves several epochs of minibatches.
 
     L = E[r A - lambda (KL(pi_old || pi) - delta)] - c1 E[(V - R)^2] + c2 E[H(pi)]    with  r = pi(a|s) / pi_old(a|s)
-    After each batch,  lambda <- max(0, lambda + alpha (E[KL] - delta))
+    lambda <- max(0, lambda + alpha (E[KL] - delta))    after each batch
 
-A is estimated by GAE(lambda) under the old policy, and R = A + V_old.
+A is estimated by GAE under the old policy, and R = A + V_old.
 
     python algos/trpo_penalty.py --env-id CartPole-v1    # 500 after 100,000 steps
 
@@ -206,7 +206,7 @@ def train(args: Args) -> dict:
     first_iteration = run.step // (N * T)
     obs, _ = envs.reset(seed=env_seed(args.seed, first_iteration * N))
     policy, _ = agent(to_tensor(obs, device))
-    kl_divergence(policy, policy)  # PyTorch looks up the formula in the first call, which must not be a compiled one
+    kl_divergence(policy, policy)  # PyTorch looks up the formula at the first call, which must not be a compiled one
     done = np.zeros(N, bool)
     score = np.zeros(N)  # return so far of the running episodes
     discounted = np.zeros(N)  # the same, discounted, of the rewards that are learned from
@@ -228,12 +228,8 @@ def train(args: Args) -> dict:
             if args.clip_reward:
                 reward = reward.clip(-1, 1)
             discounted = args.gamma * discounted * valid + reward
-            rollout.append(
-                dict(
-                    obs=obs, actions=action, rewards=reward, terminated=terminated, done=done, valid=valid,
-                    discounted=discounted,
-                )
-            )  # fmt: skip
+            step = dict(obs=obs, actions=action, rewards=reward, terminated=terminated, done=done, valid=valid)
+            rollout.append(step | dict(discounted=discounted))
             obs = next_obs
         batch = stack(rollout, device)  # tensors (T, N, ...)
         valid = batch["valid"]
@@ -299,8 +295,8 @@ FAMILIES = {
     ),
     "MinAtar/": dict(total_timesteps=1_000_000, num_envs=64, num_minibatches=8, ent_coef=0.01, norm_reward=False),
     "ALE/": dict(
-        total_timesteps=10_000_000, num_envs=8, update_epochs=3, learning_rate=2.5e-4, vf_coef=0.25,
-        ent_coef=0.01, norm_reward=False, clip_reward=True, torch_threads=0,
+        total_timesteps=10_000_000, num_envs=8, update_epochs=3, learning_rate=2.5e-4, vf_coef=0.25, ent_coef=0.01,
+        norm_reward=False, clip_reward=True, torch_threads=0,
     ),
     "Discrete-observations": dict(norm_reward=False),
     "Box-actions": dict(log_std_init=-0.7),
@@ -311,7 +307,7 @@ FAMILIES = {
 # What follows is plumbing: no algorithm is in it, and every script that needs a part of it has the same text.
 
 
-class Refusal(ValueError):
+class Refusal(Exception):
     """Bad input or a fault from outside, said in one sentence; main() prints it without a traceback."""
 
 
@@ -735,9 +731,9 @@ class Run:
             raise Refusal(f"{path} is damaged; start the run anew in another --run-dir") from error
 
         now = asdict(self.args) | dict(algo=self.algo)
-        for name in ("algo", "env_id", "env_kwargs", "seed", "run_dir"):
-            if now[name] != before[name]:
-                raise Refusal(f"{self.dir} holds a run with {name} {before[name]!r}, which cannot change")
+        for name in ("algo", "env_id", "env_kwargs", "seed", "run_dir", "optimizer"):
+            if now.get(name) != before.get(name):
+                raise Refusal(f"{self.dir} holds a run with {name} {before.get(name)!r}, which cannot change")
         if now["total_timesteps"] < self.step:
             raise Refusal(f"{self.dir} has {self.step} steps already, more than total_timesteps")
         if now["total_timesteps"] != before["total_timesteps"]:
@@ -868,7 +864,9 @@ def read_config(folder: Path) -> dict:
     path = folder / "config.json"
     try:
         config = json.loads(path.read_text())
-        arguments = {field.name: field.type(config[field.name]) for field in fields(Args)}
+        arguments = {field.name: config[field.name] for field in fields(Args)}
+        if not all(isinstance(value, str | int | float) for value in arguments.values()):
+            raise TypeError("a value is neither text nor number")
     except FileNotFoundError as error:
         raise Refusal(f"{folder} holds no run to resume") from error
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -1,5 +1,8 @@
 """Environments whose right answers are known, registered as test/<Name>-v0 when this module is imported."""
 
+import os
+import time
+
 import gymnasium as gym
 import numpy as np
 from gymnasium.spaces import Box, Discrete
@@ -189,6 +192,33 @@ class Numbers(ValueOnly):
         return self.observe(), reward, True, False, {}
 
 
+class Signalling(gym.Env):
+    """Sends its process signals after so many steps, counted over all environments of the process."""
+
+    observation_space = Box(-1, 1, (3,), np.float32)
+    count = 0
+
+    def __init__(self, continuous=False, signals=(), length=10**9, pause=0):
+        self.action_space = Box(-1, 1, (1,), np.float32) if continuous else Discrete(2)
+        self.signals = signals
+        self.length = length
+        self.pause = pause
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.left = self.length
+        return np.zeros(3, np.float32), {}
+
+    def step(self, action):
+        time.sleep(self.pause)
+        Signalling.count += 1
+        for count, number in self.signals:
+            if count == Signalling.count:
+                os.kill(os.getpid(), number)
+        self.left -= 1
+        return np.zeros(3, np.float32), 1.0, self.left == 0, False, {}
+
+
 class Native(SyncVectorEnv):
     """A native vector environment in any autoreset mode, or without a word about it."""
 
@@ -202,6 +232,8 @@ for _env in (ValueOnly, ObsValue, Discounting, ActionReward, ObsActionReward, Tr
              Image, Grid, Numbers, Tagged):  # fmt: skip
     gym.register(f"test/{_env.__name__}-v0", _env, disable_env_checker=True, order_enforce=False)
 gym.register("test/TaggedBox-v0", Tagged, kwargs=dict(continuous=True), disable_env_checker=True, order_enforce=False)
+for _name, _continuous in dict(Signalling=False, SignallingBox=True).items():
+    gym.register(f"test/{_name}-v0", Signalling, kwargs=dict(continuous=_continuous), disable_env_checker=True)
 gym.register("test/TaggedNative-v0", vector_entry_point=Native)
 for _name, _mode in dict(SameStep=AutoresetMode.SAME_STEP, Disabled=AutoresetMode.DISABLED, Silent=None).items():
     gym.register(f"test/{_name}-v0", vector_entry_point=Native, kwargs=dict(mode=_mode))

@@ -6,6 +6,7 @@ import inspect
 import json
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -66,8 +67,11 @@ def metrics(folder: Path) -> list[dict]:
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} is no JSON")
 
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(text, parse_constant=refuse) for text in lines]
+    text = (folder / "metrics.jsonl").read_text()
+    try:
+        return [json.loads(row, parse_constant=refuse) for row in text.splitlines()]
+    except ValueError:
+        raise AssertionError(f"no lines of JSON: {text}") from None
 
 
 def steps(folder: Path) -> list[int]:
@@ -117,18 +121,18 @@ def tree(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
-@pytest.fixture(scope="session")
-def finished_run(tmp_path_factory):
-    """A function that copies the directory of a finished tiny run of a script to a path, which it returns."""
+@functools.cache
+def _finished(name: str) -> tempfile.TemporaryDirectory:
+    folder = tempfile.TemporaryDirectory()
+    module = script(name)
+    module.train(arguments(module, Path(folder.name) / "run"))
+    return folder
 
-    @functools.cache
-    def make(name: str) -> Path:
-        folder = tmp_path_factory.mktemp("finished") / name
-        module = script(name)
-        module.train(arguments(module, folder))
-        return folder
 
-    return lambda module, to: Path(shutil.copytree(make(name_of(module)), to))
+def finished_run(module, to: Path) -> Path:
+    """Copy the directory of a finished tiny run of the script to a path, and return that; call it before you patch."""
+    folder = Path(_finished(name_of(module)).name) / "run"
+    return Path(shutil.copytree(folder, to))
 
 
 def planted(module, old: str, new: str, folder: Path):

@@ -1,0 +1,268 @@
+"""What acts is what learns, in every script, whatever a reader changes: networks, precision, device or optimizer.
+
+Each test trains for a moment with one of these changed and looks at every action and every gradient step: act() must
+follow the policy that the loss sees, and each gradient must reach its own parameter.
+"""
+
+import math
+
+import envs
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+from conftest import MODULES, make_args, spy
+from runs import each, each_module, is_continuous, name_of, planted, script
+
+ROWS = 20_000  # independent draws, to compare frequencies
+DISCRETE = "test/Tagged-v0"
+BOX = "test/TaggedBox-v0"
+
+
+class Own(nn.Module):
+    """A user's own network of the inputs side by side; `end` gives the output the form that a script expects."""
+
+    def __init__(self, num_inputs, num_outputs, end=nn.Identity()):  # noqa: B008
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(num_inputs, 7), nn.LayerNorm(7), nn.ELU(), nn.Linear(7, num_outputs))
+        self.end = end
+
+    def forward(self, *inputs):
+        return self.end(self.net(torch.cat(inputs, -1)))
+
+
+class BatchStatistics(nn.BatchNorm1d):
+    """Batch normalisation that acts by what it remembers: its buffers change only where a gradient is taken."""
+
+    def forward(self, x):
+        self.train(torch.is_grad_enabled())
+        return super().forward(x)
+
+
+def other_activations(agent):
+    """ReLU in place of Tanh and Tanh in place of ReLU, in the networks as they are."""
+    other = {nn.Tanh: nn.ReLU, nn.ReLU: nn.Tanh}
+    for part in list(agent.modules()):
+        for name, layer in part.named_children():
+            if type(layer) in other:
+                setattr(part, name, other[type(layer)]())
+
+
+def other_networks(agent):
+    """Networks of other sizes and layers."""
+    for name, part in list(agent.named_children()):
+        if name in ("actor", "critic", "q", "value", "advantage") and isinstance(part, nn.Sequential):
+            setattr(agent, name, Own(part[0].in_features, part[-1].out_features))
+        elif name == "actor" and hasattr(agent, "log_alpha"):
+            agent.actor = Own(3, 4, lambda x: x.chunk(2, -1))
+        elif name == "actor":
+            agent.actor = Own(3, 2, torch.tanh)
+        elif name.startswith("critic"):
+            setattr(agent, name, Own(3 + 2, 1, lambda x: x.squeeze(-1)))
+
+
+def normalised_features(agent):
+    """Batch normalisation behind each encoder."""
+    for part in list(agent.modules()):
+        if hasattr(part, "encoder"):
+            width = part.encoder(torch.zeros(2, 3)).shape[-1]
+            part.encoder = nn.Sequential(part.encoder, BatchStatistics(width))
+
+
+def two_groups(parameters, lr=1e-3, **_):
+    """In place of Adam: SGD with the parameters in reversed order and in two groups, of which one learns half as fast."""
+    flat = []
+    for item in parameters:
+        flat += item["params"] if isinstance(item, dict) else [item]
+    flat.reverse()
+    middle = (len(flat) + 1) // 2
+    return torch.optim.SGD([dict(params=flat[:middle], lr=lr), dict(params=flat[middle:], lr=lr / 2)])
+
+
+SWAPS = dict(
+    nothing=lambda agent: None,
+    activations=other_activations,
+    networks=other_networks,
+    float64=lambda agent: agent.double(),
+    optimizer=lambda agent: None,  # see check_swap
+    cuda=lambda agent: None,
+)
+
+
+# The policy as the loss sees it
+
+
+def observations(agent, obs):
+    """The observations as the losses get them."""
+    return torch.as_tensor(obs, device=next(agent.parameters()).device)
+
+
+@torch.no_grad()
+def mode(agent, obs):
+    """The best actions in the eyes of what learns."""
+    obs = observations(agent, obs)
+    if hasattr(agent, "policy"):
+        return agent.policy(agent.encoder(obs)).mode.cpu()
+    if hasattr(agent, "epsilon"):
+        return agent(obs).argmax(-1).cpu()
+    if hasattr(agent, "log_alpha"):
+        noise = torch.zeros(len(obs), 2, device=obs.device)
+        return agent.sample(obs, noise)[0].cpu()
+    return agent.actor(obs).cpu()
+
+
+@torch.no_grad()
+def draws(agent, obs):
+    """Box actions that the loss expects in these states."""
+    obs = observations(agent, obs)
+    if hasattr(agent, "policy"):
+        return agent.policy(agent.encoder(obs)).sample().cpu().numpy()
+    noise = torch.randn(len(obs), 2, device=obs.device)
+    if hasattr(agent, "log_alpha"):
+        return agent.sample(obs, noise)[0].cpu().numpy()
+    return (agent.actor(obs) + agent.exploration_noise * noise).clamp(-1, 1).cpu().numpy()
+
+
+@torch.no_grad()
+def probabilities(agent, obs):
+    """Of the Discrete actions that the loss expects in one state."""
+    obs = observations(agent, obs[:1])
+    if hasattr(agent, "policy"):
+        return agent.policy(agent.encoder(obs)).probs[0].cpu().numpy()
+    shares = np.full(3, agent.epsilon / 3)
+    shares[agent(obs).argmax()] += 1 - agent.epsilon
+    return shares
+
+
+def moments(actions):
+    """Of each row what makes up mean, variance and correlation."""
+    return np.concatenate([actions, actions**2, actions[:, :1] * actions[:, 1:]], 1)
+
+
+def check_frequencies(agent, obs):
+    """Many actions in one state have the frequencies or the moments of the policy."""
+    many = np.repeat(obs[None], ROWS, 0)
+    actions = agent.act(many)
+    if actions.ndim == 1:
+        expected = ROWS * probabilities(agent, many)
+        counts = np.bincount(actions, minlength=3)
+        chi_square = ((counts - expected) ** 2 / (expected + 1)).sum()
+        assert chi_square < 27.6  # by chance once in a million: two degrees of freedom
+    else:
+        found = moments(actions)
+        expected = moments(draws(agent, many))
+        error = np.sqrt((found.var(0) + expected.var(0)) / ROWS)
+        assert (abs(found.mean(0) - expected.mean(0)) < 5 * error + 1e-6).all()
+
+
+# The gradients
+
+
+def check_gradients(loss, inputs, gradients, parameters, max_norm):
+    """The gradient of each parameter is its own, taken one by one, and all together are as long as they may be."""
+    assert gradients.keys() == set(parameters)
+    value, _ = loss(*inputs)
+    expected = {}
+    for parameter in parameters:
+        (expected[parameter],) = torch.autograd.grad(value, parameter, retain_graph=True)
+    norm = math.sqrt(sum(gradient.square().sum().item() for gradient in expected.values()))
+    for parameter, gradient in expected.items():
+        torch.testing.assert_close(gradients[parameter], gradient * min(1, max_norm / norm), atol=1e-6, rtol=1e-3)
+
+
+def watch_learning(monkeypatch, module, agents, rates):
+    """Check every gradient step of the script; `agents` gets the first agent, `rates` the step sizes."""
+    gradients_of = module.gradients_of
+    descend = module.descend
+
+    def watched_gradients_of(loss, parameters, args, max_norm=math.inf):
+        parameters = list(parameters)
+        function = gradients_of(loss, parameters, args, max_norm)
+
+        def watched(*inputs):
+            gradients, metrics = function(*inputs)
+            check_gradients(loss, inputs, gradients, parameters, max_norm)
+            return gradients, metrics
+
+        return watched
+
+    def watched_descend(optimizer, gradients):
+        before = {parameter: parameter.detach().clone() for parameter in agents[0].parameters()}
+        descend(optimizer, gradients)
+        assert {p for group in optimizer.param_groups for p in group["params"]} == gradients.keys()
+        for parameter in before.keys() - gradients.keys():
+            assert torch.equal(parameter, before[parameter])
+        if isinstance(optimizer, torch.optim.SGD):
+            first, second = optimizer.param_groups
+            assert first["lr"] == 2 * second["lr"]
+            rates.append(first["lr"])
+            for group in optimizer.param_groups:
+                for parameter in group["params"]:
+                    expected = before[parameter] - group["lr"] * gradients[parameter]
+                    torch.testing.assert_close(parameter.detach(), expected)
+
+    monkeypatch.setattr(module, "gradients_of", watched_gradients_of)
+    monkeypatch.setattr(module, "descend", watched_descend)
+
+
+def learn(module, folder, **given):
+    """Train on a Tagged environment."""
+    envs.Tagged.instances = []
+    plain = dict(env_id=BOX if is_continuous(module) else DISCRETE, num_envs=3, hidden_size=16, learning_rate=1e-2)
+    plain |= dict(num_steps=16, total_timesteps=192, update_epochs=2, num_minibatches=2, ent_coef=0.01)
+    plain |= dict(learning_starts=30, batch_size=16, buffer_size=1000, train_frequency=8, policy_frequency=1)
+    plain |= dict(target_network_frequency=1, end_e=0.3, exploration_fraction=0.5, exploration_noise=0.2)
+    plain |= dict(optimizer="adam", anneal_lr=True, gae_lambda=0.9)
+    module.train(make_args(module, folder, **plain | given))
+
+
+def check_swap(module, swap, env_id, monkeypatch, folder):
+    """Train with the swap, and watch."""
+    agents = []
+    start = {}
+    rates = []
+
+    class Swapped(module.Agent):
+        def __init__(self, *inputs):
+            super().__init__(*inputs)
+            SWAPS[swap](self)
+            agents.append(self)
+            start.update({name: parameter.detach().clone() for name, parameter in self.named_parameters()})
+
+        def act(self, obs, greedy=False):
+            torch.testing.assert_close(torch.from_numpy(super().act(obs, greedy=True)), mode(self, obs))
+            return super().act(obs, greedy)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "Agent", Swapped)
+        watch_learning(patch, module, agents, rates)
+        if swap == "optimizer":
+            patch.setattr(torch.optim, "Adam", two_groups)
+        learn(module, folder, env_id=env_id, device="cuda" if swap == "cuda" else "cpu")
+    (agent,) = agents
+    for name, parameter in agent.named_parameters():
+        assert not torch.equal(parameter.cpu(), start[name]), f"{name} has not moved"
+        assert parameter.dtype == (torch.float64 if swap == "float64" else torch.float32)
+        assert parameter.device.type == ("cuda" if swap == "cuda" else "cpu")
+    if swap == "optimizer":
+        assert (rates[-1] < rates[0]) == hasattr(module.Args, "anneal_lr")
+    check_frequencies(agent, np.float32([1, 2, 3]))
+
+
+CASES = []
+for _module in MODULES:
+    for _env_id in (DISCRETE, BOX):
+        both = hasattr(_module, "RunningNorm")  # on-policy scripts take either kind of action
+        if both or is_continuous(_module) == (_env_id == BOX):
+            kind = "box" if _env_id == BOX else "discrete"
+            CASES.append(pytest.param(_module, _env_id, id=f"{name_of(_module)}-{kind}"))
+
+
+@pytest.mark.parametrize(("module", "env_id"), CASES)
+@pytest.mark.parametrize("swap", SWAPS)
+def test_what_acts_is_what_learns(module, env_id, swap, monkeypatch, tmp_path):
+    """A second copy of the actor for acting, gradients that miss their parameters, a number format or a place taken
+    for granted."""
+    if swap == "cuda" and not torch.cuda.is_available():
+        pytest.skip("this machine has no GPU")
+    check_swap(module, swap, env_id, monkeypatch, tmp_path)
