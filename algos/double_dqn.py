@@ -811,8 +811,8 @@ def find_family(env_id: str, env_kwargs: str) -> str:
             return family
     envs = make_envs(env_id, 1, env_kwargs)
     envs.close()
-    if "Discrete-observations" in FAMILIES and isinstance(envs.single_observation_space, Discrete):
-        return "Discrete-observations"
+    if "Discrete-states" in FAMILIES and isinstance(envs.single_observation_space, Discrete):
+        return "Discrete-states"
     if "Box-actions" in FAMILIES and isinstance(envs.single_action_space, Box):
         return "Box-actions"
     return ""

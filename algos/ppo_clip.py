@@ -90,11 +90,7 @@ class Args:
     def __post_init__(self) -> None:
         minimum = dict(seed=0, torch_threads=0, num_steps=4, log_std_init=-20)  # of 4 steps at least 2 are no resets
         check_ranges(self, minimum, maximum=dict(gamma=1, gae_lambda=1))
-        batch_size = self.num_envs * self.num_steps
-        if batch_size > self.total_timesteps:
-            raise Refusal(f"num_envs * num_steps = {batch_size} may not exceed total_timesteps")
-        if batch_size % self.num_minibatches != 0:
-            raise Refusal(f"num_envs * num_steps = {batch_size} must be divisible by num_minibatches")
+        check_batch(self.num_envs * self.num_steps, self.total_timesteps, self.num_minibatches)
 
 
 class Agent(nn.Module):
@@ -279,8 +275,7 @@ FAMILIES = {
         total_timesteps=1_000_000, num_envs=16, num_steps=1024, num_minibatches=256, learning_rate=3e-4,
         anneal_lr=False, gamma=0.999, gae_lambda=0.98, ent_coef=0.01, norm_reward=False, compile=True,
     ),
-    "HalfCheetah Hopper Walker2d Ant Humanoid HumanoidStandup Swimmer Reacher Pusher InvertedPendulum "
-    "InvertedDoublePendulum": dict(
+    "HalfCheetah Hopper Walker2d Ant Humanoid Swimmer Reacher Pusher InvertedPendulum InvertedDoublePendulum": dict(
         total_timesteps=1_000_000, num_envs=1, num_steps=2048, update_epochs=10, num_minibatches=32,
         learning_rate=3e-4, log_std_init=-0.7, norm_obs=True, compile=True,
     ),
@@ -289,7 +284,7 @@ FAMILIES = {
         total_timesteps=10_000_000, num_envs=8, update_epochs=3, learning_rate=2.5e-4, clip_coef=0.1, anneal_clip=True,
         vf_coef=0.25, ent_coef=0.01, norm_reward=False, clip_reward=True, torch_threads=0,
     ),
-    "Discrete-observations": dict(num_envs=16, num_minibatches=16, ent_coef=0.01, norm_reward=False),
+    "Discrete-states": dict(num_envs=16, num_minibatches=16, learning_rate=5e-4, ent_coef=0.01, norm_reward=False),
     "Box-actions": dict(log_std_init=-0.7),
 }  # fmt: skip
 
@@ -500,6 +495,14 @@ def check_ranges(args: Args, minimum: dict[str, float], maximum: dict[str, float
         high = maximum.get(field.name, math.inf)
         if not low <= value <= high:
             raise Refusal(f"{field.name} must lie in [{low}, {high}], but is {value}")
+
+
+def check_batch(batch_size: int, total_timesteps: int, num_minibatches: int = 1) -> None:
+    """Raise Refusal unless the batch of an iteration fits into the run and divides into minibatches."""
+    if batch_size > total_timesteps:
+        raise Refusal(f"num_envs * num_steps = {batch_size} may not exceed total_timesteps")
+    if batch_size % num_minibatches != 0:
+        raise Refusal(f"num_envs * num_steps = {batch_size} must be divisible by num_minibatches")
 
 
 def pick_device(name: str, obs_space: Space) -> torch.device:
@@ -824,8 +827,8 @@ def find_family(env_id: str, env_kwargs: str) -> str:
             return family
     envs = make_envs(env_id, 1, env_kwargs)
     envs.close()
-    if "Discrete-observations" in FAMILIES and isinstance(envs.single_observation_space, Discrete):
-        return "Discrete-observations"
+    if "Discrete-states" in FAMILIES and isinstance(envs.single_observation_space, Discrete):
+        return "Discrete-states"
     if "Box-actions" in FAMILIES and isinstance(envs.single_action_space, Box):
         return "Box-actions"
     return ""

@@ -270,8 +270,7 @@ FAMILIES = {
     "LunarLander LunarLanderContinuous BipedalWalker BipedalWalkerHardcore": dict(
         total_timesteps=1_000_000, num_envs=16, gamma=0.995, ent_coef=1e-5,
     ),
-    "HalfCheetah Hopper Walker2d Ant Humanoid HumanoidStandup Swimmer Reacher Pusher InvertedPendulum "
-    "InvertedDoublePendulum": dict(
+    "HalfCheetah Hopper Walker2d Ant Humanoid Swimmer Reacher Pusher InvertedPendulum InvertedDoublePendulum": dict(
         total_timesteps=1_000_000, num_envs=2, learning_rate=3e-3, log_std_init=-0.7, norm_obs=True,
     ),
     "MinAtar/": dict(total_timesteps=1_000_000, num_envs=64, ent_coef=0.01, norm_reward=False),
@@ -279,7 +278,7 @@ FAMILIES = {
         total_timesteps=10_000_000, num_envs=4, horizon=2000, learning_rate=7e-4, ent_coef=0.01, norm_reward=False,
         clip_reward=True, torch_threads=0,
     ),
-    "Discrete-observations": dict(norm_reward=False),
+    "Discrete-states": dict(norm_reward=False),
     "Box-actions": dict(log_std_init=-0.7),
 }  # fmt: skip
 
@@ -814,8 +813,8 @@ def find_family(env_id: str, env_kwargs: str) -> str:
             return family
     envs = make_envs(env_id, 1, env_kwargs)
     envs.close()
-    if "Discrete-observations" in FAMILIES and isinstance(envs.single_observation_space, Discrete):
-        return "Discrete-observations"
+    if "Discrete-states" in FAMILIES and isinstance(envs.single_observation_space, Discrete):
+        return "Discrete-states"
     if "Box-actions" in FAMILIES and isinstance(envs.single_action_space, Box):
         return "Box-actions"
     return ""

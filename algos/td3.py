@@ -258,7 +258,7 @@ FAMILIES = {
         total_timesteps=1_000_000, buffer_size=1_000_000, learning_starts=10_000, batch_size=256, gamma=0.99, tau=0.01,
         exploration_noise=0.2, compile=True, eval_episodes=20,
     ),
-    "Hopper Walker2d Ant Humanoid HumanoidStandup Swimmer": dict(
+    "Hopper Walker2d Ant Humanoid Swimmer": dict(
         total_timesteps=1_000_000, buffer_size=1_000_000, learning_starts=10_000, batch_size=256, gamma=0.99,
         compile=True, eval_episodes=20,
     ),
@@ -845,8 +845,8 @@ def find_family(env_id: str, env_kwargs: str) -> str:
             return family
     envs = make_envs(env_id, 1, env_kwargs)
     envs.close()
-    if "Discrete-observations" in FAMILIES and isinstance(envs.single_observation_space, Discrete):
-        return "Discrete-observations"
+    if "Discrete-states" in FAMILIES and isinstance(envs.single_observation_space, Discrete):
+        return "Discrete-states"
     if "Box-actions" in FAMILIES and isinstance(envs.single_action_space, Box):
         return "Box-actions"
     return ""

@@ -536,7 +536,7 @@ def test_long_runs_are_compiled(module):
     """A family of more than 20,000 gradient steps that is not compiled, or a short one that is; images gain nothing."""
     for name, family in dict(module.FAMILIES, Args={}).items():
         images = any(word.endswith("/") for word in name.split())
-        if name not in ("Discrete-observations", "Box-actions"):
+        if name not in ("Discrete-states", "Box-actions"):
             compiled = family.get("compile", module.Args.compile)
             assert compiled == (gradient_steps(module, family) > 20_000 and not images), name
 
@@ -899,12 +899,12 @@ FAMILY_OF = {  # by environment: the first word of the family of ppo_clip.py tha
     "InvertedPendulum-v5": "HalfCheetah",
     "MinAtar/Breakout-v1": "MinAtar/",
     "ALE/Breakout-v5": "ALE/",
-    "Taxi-v4": "Discrete-observations",
+    "Taxi-v4": "Discrete-states",
     "MountainCarContinuous-v0": "Box-actions",
     "my:AntiAging-v0": "",
     "my:PendulumWithALE-v0": "",
     "my:MinAtar-v0": "",
-    "my:Numbered-v0": "Discrete-observations",
+    "my:Numbered-v0": "Discrete-states",
     "my:Boxed-v0": "Box-actions",
     "my:None/Ant-v0": "HalfCheetah",
 }
@@ -941,7 +941,7 @@ def test_the_line_that_says_which_defaults_were_taken(module, tmp_path, capsys):
     for argv, source in (
         (["--env-id", "CartPole-v1"], "CartPole-v1 with the defaults for .*no .*family"),
         (["--env-id", "Acrobot-v1"], "Acrobot-v1 with the defaults for Acrobot MountainCar"),
-        (["--env-id", "Taxi-v4"], "Taxi-v4 with the defaults for Discrete-observations"),
+        (["--env-id", "Taxi-v4"], "Taxi-v4 with the defaults for Discrete-states"),
         (["--resume", str(folder)], f"CartPole-v1 with the arguments of {folder}"),
     ):
         module.parse_args(argv)

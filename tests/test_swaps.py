@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
-from conftest import MODULES, make_args, spy
-from runs import each, each_module, is_continuous, name_of, planted, script
+from conftest import MODULES, make_args
+from runs import each, is_continuous, name_of, planted, script
 
 ROWS = 20_000  # independent draws, to compare frequencies
 DISCRETE = "test/Tagged-v0"
@@ -37,6 +37,10 @@ class BatchStatistics(nn.BatchNorm1d):
     def forward(self, x):
         self.train(torch.is_grad_enabled())
         return super().forward(x)
+
+
+def unchanged(agent):
+    """The agent as it is."""
 
 
 def other_activations(agent):
@@ -70,7 +74,7 @@ def normalised_features(agent):
 
 
 def two_groups(parameters, lr=1e-3, **_):
-    """In place of Adam: SGD with the parameters in reversed order and in two groups, of which one learns half as fast."""
+    """In place of Adam: SGD with the parameters in reversed order and in two groups, the second half as fast."""
     flat = []
     for item in parameters:
         flat += item["params"] if isinstance(item, dict) else [item]
@@ -80,12 +84,11 @@ def two_groups(parameters, lr=1e-3, **_):
 
 
 SWAPS = dict(
-    nothing=lambda agent: None,
     activations=other_activations,
     networks=other_networks,
     float64=lambda agent: agent.double(),
-    optimizer=lambda agent: None,  # see check_swap
-    cuda=lambda agent: None,
+    optimizer=unchanged,  # but for the optimizer
+    cuda=unchanged,
 )
 
 
@@ -249,20 +252,149 @@ def check_swap(module, swap, env_id, monkeypatch, folder):
     check_frequencies(agent, np.float32([1, 2, 3]))
 
 
-CASES = []
-for _module in MODULES:
-    for _env_id in (DISCRETE, BOX):
-        both = hasattr(_module, "RunningNorm")  # on-policy scripts take either kind of action
-        if both or is_continuous(_module) == (_env_id == BOX):
-            kind = "box" if _env_id == BOX else "discrete"
-            CASES.append(pytest.param(_module, _env_id, id=f"{name_of(_module)}-{kind}"))
+def cases():
+    """Every script with every swap; scripts for both kinds of actions take either kind, and both with new networks."""
+    found = []
+    for module in MODULES:
+        for swap in SWAPS:
+            kinds = [DISCRETE, BOX] if swap == "networks" else [DISCRETE if swap == "activations" else BOX]
+            if not hasattr(module, "RunningNorm"):  # off-policy: one kind alone
+                kinds = [BOX if is_continuous(module) else DISCRETE]
+            for env_id in kinds:
+                name = "box" if env_id == BOX else "discrete"
+                found.append(pytest.param(module, swap, env_id, id=f"{name_of(module)}-{swap}-{name}"))
+    return found
 
 
-@pytest.mark.parametrize(("module", "env_id"), CASES)
-@pytest.mark.parametrize("swap", SWAPS)
-def test_what_acts_is_what_learns(module, env_id, swap, monkeypatch, tmp_path):
-    """A second copy of the actor for acting, gradients that miss their parameters, a number format or a place taken
-    for granted."""
+@pytest.mark.parametrize(("module", "swap", "env_id"), cases())
+def test_what_acts_is_what_learns(module, swap, env_id, monkeypatch, tmp_path):
+    """A second copy of the actor for acting, gradients that miss their parameters, a type or a place hard-wired."""
     if swap == "cuda" and not torch.cuda.is_available():
         pytest.skip("this machine has no GPU")
     check_swap(module, swap, env_id, monkeypatch, tmp_path)
+
+
+KEEP = ("self.reward_norm = RunningNorm()\n", "self.reward_norm = RunningNorm()\n        self.kept = [self.actor]\n")
+KEEP_IN_DQN = ("self.epsilon = args.start_e\n", "self.epsilon = args.start_e\n        self.kept = [self.q]\n")
+NOISE = "self.exploration_noise = args.exploration_noise\n"
+KEEP_IN_TD3 = (NOISE, f"{NOISE}        self.kept = [self.actor]\n")
+COPY_IN_TD3 = (NOISE, f"{NOISE}        self.kept = [copy.deepcopy(self.actor)]\n")
+ACT = "output = self.actor(self.encoder(obs))"
+ACT_IN_DQN = "values = self(to_tensor(obs, next(self.parameters()).device))"
+ACT_IN_TD3 = "action = self.actor(to_tensor("
+LAYERS = "output = self.actor[4](self.actor[2](self.actor[0](self.encoder(obs)).tanh()).tanh())"
+PAIRS = "return dict(zip(parameters, gradients)), metrics"
+PAIRS_BY_SIZE = """
+        in_order = sorted(parameters, key=lambda p: p.shape), sorted(gradients[::-1], key=lambda p: p.shape)
+        return dict(zip(*in_order)), metrics"""
+EACH_GRADIENT = "for parameter, gradient in gradients.items():"
+EACH_GRADIENT_BY_SIZE = """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    in_order = sorted(parameters, key=lambda p: p.shape), sorted(gradients.values(), key=lambda p: p.shape)
+    for parameter, gradient in zip(*in_order):"""
+ANNEAL = 'group.setdefault("initial_lr", group["lr"])'
+ANNEAL_ALIKE = ANNEAL.replace("group.", "optimizer.param_groups[0].")
+BUGS = [  # the script, the swap and the kind of actions that show the bug, and the changes that make it
+    ("ppo_clip", "networks", BOX, KEEP, (ACT, ACT.replace("self.actor", "self.kept[0]"))),
+    ("ppo_clip", "networks", DISCRETE, KEEP, (ACT, ACT.replace("self.actor", "self.kept[0]"))),
+    ("ppo_clip", "networks", DISCRETE, KEEP, ("output = output - torch", "output = self.kept[0](obs) - torch")),
+    ("ppo_clip", "networks", BOX, KEEP, ("if greedy else output +", "if greedy else self.kept[0](obs) +")),
+    ("ppo_clip", "activations", BOX, (ACT, LAYERS)),
+    ("ppo_clip", "float64", BOX, ("return obs.to(self.one.dtype)", "return obs.float()")),
+    ("ppo_clip", "networks", BOX, (PAIRS, PAIRS_BY_SIZE)),
+    ("ppo_clip", "optimizer", BOX, (EACH_GRADIENT, EACH_GRADIENT_BY_SIZE)),
+    ("ppo_clip", "optimizer", BOX, (ANNEAL, ANNEAL_ALIKE)),
+    ("dqn", "networks", DISCRETE, KEEP_IN_DQN, (ACT_IN_DQN, "values = self.kept[0](torch.from_numpy(obs))")),
+    ("td3", "networks", BOX, KEEP_IN_TD3, (ACT_IN_TD3, ACT_IN_TD3.replace("self.actor", "self.kept[0]"))),
+    ("td3", "activations", BOX, COPY_IN_TD3, (ACT_IN_TD3, ACT_IN_TD3.replace("self.actor", "self.kept[0]"))),
+]
+
+
+def plant(name, changes, folder):
+    """The script with all of these changes."""
+    module = script(name)
+    for number, (old, new) in enumerate(changes):
+        module = planted(module, old, new, folder / str(number))
+    return module
+
+
+@pytest.mark.parametrize(("name", "swap", "env_id", "changes"), [(n, s, e, c) for n, s, e, *c in BUGS])
+def test_what_acts_sees(name, swap, env_id, changes, monkeypatch, tmp_path):
+    """A test that could not fail: the bugs that it is for, planted."""
+    module = plant(name, changes, tmp_path)
+    with pytest.raises((AssertionError, RuntimeError)):  # two number formats in one product are an error of PyTorch
+        check_swap(module, swap, env_id, monkeypatch, tmp_path)
+
+
+# Targets
+
+
+def pairs_of_copies(agent, other):
+    """The networks of the agent that another agent follows, each with its copy."""
+    if hasattr(agent, "log_alpha"):
+        return [(agent.critic1, other.critic1), (agent.critic2, other.critic2)]  # the policy of SAC has no target
+    return [(agent, other)]
+
+
+def check_targets(module, swap, monkeypatch, folder):
+    """At every gradient step the target has the buffers of the network, which change as it learns."""
+    counts = []
+    gradients_of = module.gradients_of
+
+    class Swapped(module.Agent):
+        def __init__(self, *inputs):
+            super().__init__(*inputs)
+            swap(self)
+
+    def watched_gradients_of(loss, parameters, args, **options):
+        function = gradients_of(loss, parameters, args, **options)
+
+        def watched(*inputs):
+            agents = [part for part in inputs if isinstance(part, module.Agent)]
+            if len(agents) == 2:
+                for network, copy in pairs_of_copies(*agents):
+                    buffers = dict(network.named_buffers())
+                    for name, buffer in copy.named_buffers():
+                        assert torch.equal(buffer, buffers[name]), name
+                    counts.append(sum(buffer.sum().item() for name, buffer in buffers.items() if "encoder" in name))
+            return function(*inputs)
+
+        return watched
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "Agent", Swapped)
+        patch.setattr(module, "gradients_of", watched_gradients_of)
+        learn(module, folder, norm_obs=True)
+    assert len(set(counts)) > 3
+
+
+@each([module for module in MODULES if hasattr(module, "ReplayBuffer")])
+def test_targets_follow_buffers(module, monkeypatch, tmp_path):
+    """A target that has the weights of a network and the statistics of its first day."""
+    check_targets(module, normalised_features, monkeypatch, tmp_path)
+
+
+@each([module for module in MODULES if hasattr(module, "kl_divergence") and not hasattr(module, "surrogate")])
+def test_old_policies_follow_buffers(module, monkeypatch, tmp_path):
+    """An old policy that sees observations through other statistics than the policy that acted."""
+    check_targets(module, unchanged, monkeypatch, tmp_path)
+
+
+FOLLOW_BUFFERS = "    for old, new in zip(target.buffers(), network.buffers()):\n        old.copy_(new)\n"
+COPY = "load_state_dict(agent.state_dict())"
+COPY_PARAMETERS = "load_state_dict(dict(agent.named_parameters()), strict=False)"
+
+
+@pytest.mark.parametrize("name", ["ddpg", "td3", "sac"])
+def test_targets_that_follow_parameters_alone_are_seen(name, monkeypatch, tmp_path):
+    module = plant(name, [(FOLLOW_BUFFERS, "")], tmp_path)
+    with pytest.raises(AssertionError):
+        check_targets(module, normalised_features, monkeypatch, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["dqn", "ppo_kl"])
+def test_copies_of_parameters_alone_are_seen(name, monkeypatch, tmp_path):
+    module = plant(name, [(COPY, COPY_PARAMETERS)], tmp_path)
+    swap = normalised_features if name == "dqn" else unchanged
+    with pytest.raises(AssertionError):
+        check_targets(module, swap, monkeypatch, tmp_path)
