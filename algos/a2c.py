@@ -7,7 +7,7 @@
 """A2C: advantage actor-critic, one gradient step on each batch from N environments side by side.
 
 Mnih et al. 2016, arXiv:1602.01783, with the advantages of Schulman et al. 2016, arXiv:1506.02438. Child of
-actor_critic.py: the advantage r + gamma V(s') - V(s), over several steps, in place of Q(s, a).
+actor_critic.py: the advantage r + gamma V(s') - V(s), over several steps.
 
     L = E[log pi(a|s) A] - c1 E[(V - R)^2] + c2 E[H(pi)]
 
@@ -147,8 +147,8 @@ def compute_gae(rewards: Tensor, values: Tensor, terminated: Tensor, done: Tenso
 
     A termination stops the bootstrap; an end of either kind (done = terminated or truncated) stops the trace.
     """
-    deltas = rewards + gamma * ~terminated * values[1:] - values[:-1]  # PPO eq. 12
-    decays = gamma * lam * ~done
+    deltas = rewards + gamma * values[1:] * ~terminated - values[:-1]  # PPO eq. 12
+    decays = gamma * lam * (~done).to(deltas.dtype)
     deltas = deltas.numpy(force=True)  # in numpy the loop runs 40 times as fast
     decays = decays.numpy(force=True)
     advantages = np.zeros_like(deltas)

@@ -7,7 +7,7 @@
 """QAC: one-step actor-critic, in which a learned Q(s, a) weights the policy's gradient.
 
 Sutton et al. 2000, Policy gradient methods for reinforcement learning with function approximation; Sutton & Barto 2018,
-sec. 13.5. Child of reinforce.py: the critic's Q(s, a) in place of the return, so no episode need end.
+sec. 13.5. Child of reinforce.py: the critic's Q(s, a) in place of the return. So no episode need end.
 
     L = E[log pi(a|s) Q(s, a)] - c1 E[(Q(s, a) - y)^2] + c2 E[H(pi)]    with  y = r + gamma Q(s', a')
 

@@ -7,7 +7,7 @@
 """DDPG: a deterministic policy that follows the gradient of its critic.
 
 Lillicrap et al. 2016, arXiv:1509.02971; Silver et al. 2014. Child of dqn.py: an actor mu(s) in place of the maximum
-over actions, which are continuous here.
+over actions. These are continuous here.
 
     y = r + gamma Q'(s', mu'(s'))
     Q minimises  E[(y - Q(s, a))^2],    mu maximises  E[Q(s, mu(s))]  over the parameters of mu alone

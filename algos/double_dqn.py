@@ -6,8 +6,8 @@
 # ///
 """Double DQN: the online network chooses the next action, the target network values it.
 
-van Hasselt et al. 2016, arXiv:1509.06461. Child of dqn.py: choice and value of the next action by different networks,
-so that noise in Q is not taken for value. Q minimises
+van Hasselt et al. 2016, arXiv:1509.06461. Child of dqn.py: different networks choose and value the next action.
+So noise in Q is not taken for value. Q minimises
 
     L = E[(r + gamma Q_target(s', argmax_a' Q(s', a')) - Q(s, a))^2]
 

@@ -6,8 +6,8 @@
 # ///
 """Dueling DQN: the Q-network as a value and advantages that share their features.
 
-Wang et al. 2016, arXiv:1511.06581. Child of double_dqn.py: a stream for V beside that for A, so that
-every action teaches what a state is worth.
+Wang et al. 2016, arXiv:1511.06581. Child of double_dqn.py: a stream for V beside that for A. So every action teaches
+what a state is worth.
 
     Q(s, a) = V(s) + A(s, a) - mean_a' A(s, a')
 

@@ -6,8 +6,8 @@
 # ///
 """NPG: natural policy gradient, found by conjugate gradient.
 
-Kakade 2001, and Rajeswaran et al. 2017, arXiv:1703.02660. Child of a2c.py: a policy step that is measured by how far
-the policy moves, not by how far its parameters do; the critic is fitted apart from it.
+Kakade 2001, and Rajeswaran et al. 2017, arXiv:1703.02660. Child of a2c.py: a policy step measured by how far the policy
+moves, not by how far its parameters do. The critic is fitted apart from it.
 
     theta <- theta + alpha F^-1 g    with  g = E[grad log pi(a|s) A]  and  F = E[grad log pi(a|s) grad log pi(a|s)^T]
     V minimises  E[(V - R)^2]
@@ -153,8 +153,8 @@ def compute_gae(rewards: Tensor, values: Tensor, terminated: Tensor, done: Tenso
 
     A termination stops the bootstrap; an end of either kind (done = terminated or truncated) stops the trace.
     """
-    deltas = rewards + gamma * ~terminated * values[1:] - values[:-1]  # PPO eq. 12
-    decays = gamma * lam * ~done
+    deltas = rewards + gamma * values[1:] * ~terminated - values[:-1]  # PPO eq. 12
+    decays = gamma * lam * (~done).to(deltas.dtype)
     deltas = deltas.numpy(force=True)  # in numpy the loop runs 40 times as fast
     decays = decays.numpy(force=True)
     advantages = np.zeros_like(deltas)

@@ -6,7 +6,7 @@
 # ///
 """PPO-Clip: proximal policy optimization with the clipped surrogate objective.
 
-Schulman et al. 2017, arXiv:1707.06347. Child of a2c.py: the clipped surrogate, which lets one batch serve several
+Schulman et al. 2017, arXiv:1707.06347. Child of a2c.py: the clipped surrogate. It lets one batch serve several
 epochs of minibatches.
 
     L = E[min(r A, clip(r, 1 - eps, 1 + eps) A)] - c1 E[(V - R)^2] + c2 E[H(pi)]    with  r = pi(a|s) / pi_old(a|s)
@@ -148,8 +148,8 @@ def compute_gae(rewards: Tensor, values: Tensor, terminated: Tensor, done: Tenso
 
     A termination stops the bootstrap; an end of either kind (done = terminated or truncated) stops the trace.
     """
-    deltas = rewards + gamma * ~terminated * values[1:] - values[:-1]  # PPO eq. 12
-    decays = gamma * lam * ~done
+    deltas = rewards + gamma * values[1:] * ~terminated - values[:-1]  # PPO eq. 12
+    decays = gamma * lam * (~done).to(deltas.dtype)
     deltas = deltas.numpy(force=True)  # in numpy the loop runs 40 times as fast
     decays = decays.numpy(force=True)
     advantages = np.zeros_like(deltas)

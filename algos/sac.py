@@ -6,8 +6,8 @@
 # ///
 """SAC: soft actor-critic, whose policy is paid for its entropy at a learned temperature.
 
-Haarnoja et al. 2018, arXiv:1812.05905. Child of td3.py: a policy that is random by itself, so that no noise need be
-added and no targets smoothed.
+Haarnoja et al. 2018, arXiv:1812.05905. Child of td3.py: a policy that is random by itself and paid for it. No noise
+need be added and no targets smoothed.
 
     y = r + gamma (min_j Q'_j(s', a') - alpha log pi(a'|s'))    with  a' ~ pi(.|s')
     Q_1, Q_2 minimise  E[(y - Q_i(s, a))^2],    pi maximises  E[min_j Q_j(s, a) - alpha log pi(a|s)]  over  a ~ pi(.|s)

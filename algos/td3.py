@@ -6,8 +6,8 @@
 # ///
 """TD3: DDPG with twin critics, smoothed targets and a delayed policy.
 
-Fujimoto et al. 2018, arXiv:1802.09477. Child of ddpg.py: the smaller of two critics, at a noisy action, so that errors
-of the critics are not taken for value; and a policy that is updated less often than they are.
+Fujimoto et al. 2018, arXiv:1802.09477. Child of ddpg.py: the smaller of two critics at a noisy action, and a policy
+that waits for them. So errors of the critics are not taken for value.
 
     y = r + gamma min_j Q'_j(s', mu'(s') + eps)    with  eps ~ clip(N(0, sigma), -c, c)
     Q_1, Q_2 minimise  E[(y - Q_i(s, a))^2];    every policy_frequency such steps, mu moves up  E[Q_1(s, mu(s))]

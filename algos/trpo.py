@@ -7,7 +7,7 @@
 """TRPO: trust region policy optimization, the longest policy step within a bound on the KL divergence.
 
 Schulman et al. 2015, arXiv:1502.05477. Child of npg.py: the length of the step follows from the bound on the
-KL divergence, and is cut until the step keeps to the bound and raises the objective.
+KL divergence. It is cut until the step keeps to the bound and raises the objective.
 
     maximise  L = E[pi(a|s) / pi_old(a|s) A]    subject to  E[KL(pi_old || pi)] <= delta
     theta <- theta + 0.8^k sqrt(2 delta / x^T F x) x    with  x = F^-1 g  and the first k = 0, 1, ... that will do
@@ -156,8 +156,8 @@ def compute_gae(rewards: Tensor, values: Tensor, terminated: Tensor, done: Tenso
 
     A termination stops the bootstrap; an end of either kind (done = terminated or truncated) stops the trace.
     """
-    deltas = rewards + gamma * ~terminated * values[1:] - values[:-1]  # PPO eq. 12
-    decays = gamma * lam * ~done
+    deltas = rewards + gamma * values[1:] * ~terminated - values[:-1]  # PPO eq. 12
+    decays = gamma * lam * (~done).to(deltas.dtype)
     deltas = deltas.numpy(force=True)  # in numpy the loop runs 40 times as fast
     decays = decays.numpy(force=True)
     advantages = np.zeros_like(deltas)

@@ -53,3 +53,9 @@ def spy(monkeypatch, module, name, before=None, after=None):
 def loss_name(module):
     """The name of the script's loss function, loss(agent, batch, ...)."""
     return next(name for name in vars(module) if name.endswith("_loss"))
+
+
+def learner_name(module):
+    """The name of the function, f(agent, batch, ...), that gets the whole batch of an iteration first."""
+    names = ("natural_gradient_step", "trust_region_step", loss_name(module))
+    return next(name for name in names if hasattr(module, name))

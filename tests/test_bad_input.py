@@ -1,7 +1,5 @@
 """Bad input: exit code 2, one clear sentence, nothing damaged, nothing left behind."""
 
-import hashlib
-import json
 import os
 import re
 import shutil
@@ -13,49 +11,68 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import MODULES, SCRIPTS
-from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Text, Tuple
-from launch import Process, flags, tiny
-from test_runs import arguments, checkpoint, each_module, each_pair, metrics, parameters, simple_env
-
-MODULE_OF_ENVIRONMENTS = '''
-"""Environments of a user's own."""
-import gymnasium as gym
-import numpy as np
-from gymnasium.spaces import Box, Dict, Discrete
+from conftest import MODULES
+from gymnasium.spaces import Box, Dict, Discrete, Graph, MultiBinary, MultiDiscrete, Sequence, Text, Tuple
+from launch import Process, tiny
+from runs import (
+    arguments,
+    checkpoint,
+    each,
+    each_back,
+    each_module,
+    fails_with_a_bug,
+    finished_run,
+    is_continuous,
+    line,
+    metrics,
+    name_of,
+    parameters,
+    result,
+    script,
+    start,
+    steps,
+    tree,
+)
 
 
 class Own(gym.Env):
-    """Ten steps of nothing; from `bad_after` steps on in all, the reward is not a number."""
+    """Ten steps of nothing, with any spaces; from `bad_after` steps on in all, the reward is not a number."""
 
-    def __init__(self, bad_after=np.inf, as_dict=False, continuous=False):
-        space = Box(-1, 1, (3,), np.float32)
-        self.observation_space = Dict(position=space) if as_dict else space
-        self.action_space = Box(-1, 1, (1,), np.float32) if continuous else Discrete(2)
-        self.bad_after, self.steps = bad_after, 0
+    def __init__(self, observations=None, actions=None, bad_after=np.inf):
+        self.observation_space = observations or Box(-1, 1, (3,), np.float32)
+        self.action_space = actions
+        self.bad_after = bad_after
+        self.steps = 0
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
         return self.observation_space.sample(), {}
 
     def step(self, action):
+        assert self.action_space.contains(action), f"{action} is not in {self.action_space}"
         self.steps += 1
         reward = float("nan") if self.steps > self.bad_after else 1.0
         return self.observation_space.sample(), reward, self.steps % 10 == 0, False, {}
 
 
-for continuous in False, True:
-    kind = "Continuous" if continuous else ""
-    gym.register(f"Own{kind}-v0", Own, kwargs=dict(continuous=continuous))
-    gym.register(f"OwnDict{kind}-v0", Own, kwargs=dict(as_dict=True, continuous=continuous))
-    gym.register(f"OwnNaN{kind}-v0", Own, kwargs=dict(bad_after=100, continuous=continuous))
-'''
+@pytest.fixture
+def own():
+    """A function that registers an environment with some spaces, by default ones that the script supports."""
+
+    def register(module, observations=None, actions=None, **kwargs):
+        actions = actions or (Box(-1, 1, (1,), np.float32) if is_continuous(module) else Discrete(2))
+        kwargs |= dict(observations=observations, actions=actions)
+        gym.register("test/Own-v0", Own, kwargs=kwargs, disable_env_checker=True)
+        return "test/Own-v0"
+
+    yield register
+    gym.registry.pop("test/Own-v0", None)
 
 
 def check(done: Process, *words: str) -> None:
     """Exit code 2, no traceback, one sentence with these words; tyro frames its own, for flags."""
     assert done.rc == 2, (done.rc, done.out, done.err)
-    assert done.out == ""
+    assert re.fullmatch(r"([^\n]+ with the (defaults for|arguments of) [^\n]+\n)?", done.out)
     assert "Traceback" not in done.err
     text = " ".join(re.sub(r"[^\x20-\x7e]", " ", done.err).split())
     if "For full helptext" not in text:
@@ -65,25 +82,18 @@ def check(done: Process, *words: str) -> None:
         assert re.search(word, text, re.IGNORECASE), f"{word!r} is not in: {text}"
 
 
-def tree(folder: Path) -> dict[str, str]:
-    """A hash of every file below the folder."""
-    files = [path for path in folder.rglob("*") if path.is_file() and not path.name.endswith((".out", ".err"))]
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-
-
-def run(script, module, folder: Path, *argv: str, **how) -> Process:
+def run(module, folder: Path, *argv: str, **how) -> Process:
     """A tiny run with `argv` last on its command line, which count."""
-    line = flags(dict(env_id=simple_env(module)) | tiny(module, total_timesteps=256))
-    return Process(script, [*line, *argv], folder, **how).wait(30)
+    return start(module, folder, *line(module, *argv), **how).wait(30)
 
 
-@pytest.fixture(scope="module", params=list(zip(SCRIPTS, MODULES)), ids=[s.stem for s in SCRIPTS])
-def finished(request, tmp_path_factory):
-    """A finished run: script, module and directory."""
-    script, module = request.param
-    folder = tmp_path_factory.mktemp("bad_input") / "run"
-    module.train(arguments(module, folder))
-    return script, module, folder
+def refused(module, words: str, *argv: str) -> None:
+    """Assert that train() refuses this command line in one sentence with these words."""
+    with pytest.raises(module.Refusal, match=words) as error:
+        module.train(module.parse_args([str(arg) for arg in argv]))
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 400
+    del error  # with its traceback goes the lock
 
 
 # The command line
@@ -96,30 +106,45 @@ def finished(request, tmp_path_factory):
         ("--env-id Nope-v0", ["Nope"]),
         ("--env-id nowhere:Nope-v0", ["nowhere"]),
         ("--env-id ALE/Nope-v5", ["Nope"]),
+        ("--env-id no:such:id", ["no:such:id|such"]),
+        ("--env-id", ["env-id"]),
         ("--devcie cpu", ["--devcie"]),
-        ("--device tpu", ["tpu", "cuda"]),
+        ("--device tpu", ["tpu", "device"]),
         ("--num-envs 0", ["num_envs", "0"]),
         ("--num-envs two", ["num-envs", "two"]),
         ("--gamma 1.5", ["gamma", r"1\.5"]),
         ("--total-timesteps 1", ["total_timesteps"]),
         ("--resume nowhere", ["nowhere"]),
+        ("--env-kwargs {", ["env_kwargs", "JSON"]),
+        ("--env-kwargs {'length':3}", ["env_kwargs", "JSON"]),
+        ("--env-kwargs 3", ["env_kwargs", "JSON"]),
+        ("--env-kwargs null", ["env_kwargs", "JSON"]),
+        ("--env-kwargs []", ["env_kwargs", "JSON"]),
+        ('--env-kwargs [["length",3]]', ["env_kwargs", "JSON"]),
+        ('--env-kwargs {"lenght":3}', ["lenght"]),
+        ('--env-kwargs {"num_envs":3}', ["num_envs"]),
     ],
 )
-@each_pair
-def test_bad_command_lines(script, module, tmp_path, argv, words):
+@each([script("ppo_clip")])
+def test_bad_command_lines(module, tmp_path, argv, words):
     """A sentence that names what is wrong, and no directory for a run that never was."""
-    check(run(script, module, tmp_path, *argv.split()), *words)
+    check(run(module, tmp_path, *argv.split()), *words)
     assert tree(tmp_path) == {}
     assert not (tmp_path / "runs").exists()
     assert not (tmp_path / "nowhere").exists()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-@each_pair
-def test_device_that_is_not_there(script, module, tmp_path):
-    """--device cuda without a GPU is refused, not silently replaced."""
-    check(run(script, module, tmp_path, "--device", "cuda"), "cuda")
-    assert tree(tmp_path) == {}
+@pytest.mark.parametrize("device", ["cuda:1", "cuda:77", "mps", "hpu", "xla", "meta", "", "cuda:-1", "auto:1"])
+@each_back
+def test_device_that_is_not_there(module, tmp_path, device):
+    """A device that this machine does not have is refused, not silently replaced, and so is one that computes nothing."""
+    if device == "mps" and torch.backends.mps.is_available():
+        pytest.skip("this machine has one")
+    if device == "cuda:1" and torch.cuda.device_count() > 1:
+        pytest.skip("this machine has one")
+    words = f"device {device} is not available"
+    refused(module, words, *line(module, "--device", device, run_dir=tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
 
 
 IMPOSSIBLE = dict(
@@ -136,8 +161,8 @@ IMPOSSIBLE = dict(
 @pytest.mark.parametrize(
     ("module", "name", "value"),
     [
-        pytest.param(module, name, value, id=f"{script.stem}-{name}-{value}")
-        for script, module in zip(SCRIPTS, MODULES)
+        pytest.param(module, name, value, id=f"{name_of(module)}-{name}-{value}")
+        for module in MODULES
         for name, values in IMPOSSIBLE.items()
         if hasattr(module.Args, name)
         for value in values
@@ -146,7 +171,7 @@ IMPOSSIBLE = dict(
 def test_impossible_values(module, name, value):
     """Args refuses values outside their range, with one sentence that names the field and the value."""
     settings = tiny(module, total_timesteps=256) | {name: value}
-    with pytest.raises(ValueError, match=rf"\b{name}\b.*{re.escape(str(value))}"):
+    with pytest.raises(module.Refusal, match=rf"\b{name}\b.*{re.escape(str(value))}"):
         module.Args(**settings)
 
 
@@ -160,43 +185,27 @@ def test_possible_values(module):
 @each_module
 def test_batches_that_do_not_fit(module):
     """A run shorter than one batch and, where there are minibatches, a batch that they do not divide."""
-    with pytest.raises(ValueError, match="total_timesteps"):
+    with pytest.raises(module.Refusal, match="total_timesteps"):
         module.Args(**tiny(module, total_timesteps=1))
     if "num_minibatches" in vars(module.Args()):
-        with pytest.raises(ValueError, match="num_minibatches"):
+        with pytest.raises(module.Refusal, match="num_minibatches"):
             module.Args(**tiny(module, total_timesteps=256) | dict(num_minibatches=3))
 
 
 # Environments
 
-
-class Odd(gym.Env):
-    """An environment with any spaces."""
-
-    def __init__(self, observations, actions):
-        self.observation_space, self.action_space = observations, actions
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        return self.observation_space.sample(), {}
-
-    def step(self, action):
-        return self.observation_space.sample(), 0.0, False, False, {}
-
-
-VECTOR, UNIT = Box(-1, 1, (3,), np.float32), Box(0, 1, (2,), np.float32)
+VECTOR = Box(-1, 1, (3,), np.float32)
+UNIT = Box(0, 1, (2,), np.float32)
 
 
 @pytest.mark.parametrize(
     ("observations", "actions", "named"),
     [
-        (Dict(a=VECTOR, b=UNIT), None, "Dict"),
-        (Tuple([VECTOR, UNIT]), None, "Tuple"),
-        (MultiDiscrete([3, 4]), None, "MultiDiscrete"),
-        (MultiBinary(4), None, "MultiBinary"),
         (Text(5), None, "Text"),
-        (Box(-1, 1, (3, 3), np.float32), None, r"Box.*\(3, 3\)"),
-        (Box(-1, 1, (), np.float32), None, r"Box.*\(\)"),
+        (Dict(a=VECTOR, b=Text(5)), None, "Dict"),
+        (Tuple([VECTOR, Dict(a=Text(5))]), None, "Tuple"),
+        (Sequence(VECTOR), None, "Sequence"),
+        (Graph(VECTOR, None), None, "Graph"),
         (VECTOR, MultiDiscrete([3, 4]), "MultiDiscrete"),
         (VECTOR, MultiBinary(4), "MultiBinary"),
         (VECTOR, Dict(a=UNIT, b=Discrete(2)), "Dict"),
@@ -205,44 +214,109 @@ VECTOR, UNIT = Box(-1, 1, (3,), np.float32), Box(0, 1, (2,), np.float32)
     ids=str,
 )
 @each_module
-def test_spaces_that_are_not_supported(module, observations, actions, named, tmp_path):
+def test_spaces_that_are_not_supported(module, observations, actions, named, own, tmp_path):
     """One sentence with the kind of space, its own and those supported; no directory is made."""
-    if actions is None:
-        actions = UNIT if simple_env(module) == "Pendulum-v1" else Discrete(2)
-    gym.register("test/Odd-v0", Odd, kwargs=dict(observations=observations, actions=actions))
-    try:
-        with pytest.raises(ValueError, match=f"{named}.*not supported.*(Discrete|Box)") as error:
-            module.train(arguments(module, tmp_path / "run", env_id="test/Odd-v0"))
-    finally:
-        gym.registry.pop("test/Odd-v0")
-    assert "\n" not in str(error.value)
-    kind = "observation" if observations is not VECTOR else "action"
-    assert f"{kind} space" in str(error.value)
+    env_id = own(module, observations, actions)
+    kind = "action" if actions else "observation"
+    words = f"^{kind} space {named}.* is not supported: it must be"
+    refused(module, words, *line(module, env_id=env_id, run_dir=tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 
 
-def own(module, kind: str) -> str:
-    """The id of one of the user's own environments, with actions that the script supports."""
-    return f"own:Own{kind}{'Continuous' if simple_env(module) == 'Pendulum-v1' else ''}-v0"
+@each_module
+def test_actions_of_the_other_kind(module, own, tmp_path):
+    """Scripts for one kind of actions say so; those for both take both."""
+    numbered = hasattr(module, "ReplayBuffer") and not is_continuous(module)
+    for actions, supported in ((Discrete(2), not is_continuous(module)), (UNIT, not numbered)):
+        given = line(module, env_id=own(module, None, actions), run_dir=tmp_path / type(actions).__name__)
+        if supported:
+            module.train(module.parse_args(given))
+        else:
+            refused(module, rf"^action space {type(actions).__name__}.* is not supported: it must be", *given)
 
 
-@each_pair
-def test_environments_of_ones_own(script, module, tmp_path):
-    """module:Env-v0 on PYTHONPATH runs; with a Dict of observations it is refused (by a Python of its own)."""
+@each_module
+def test_actions_without_bounds(module, own, tmp_path):
+    """A policy in [-1, 1] that is scaled to the bounds has nothing to be scaled to."""
+    given = line(module, env_id=own(module, None, Box(-np.inf, np.inf, (2,))), run_dir=tmp_path / "run")
+    if hasattr(module, "ReplayBuffer"):
+        refused(module, r"^action space Box.* is not supported: it must be", *given)
+    else:
+        module.train(module.parse_args(given))
+
+
+@pytest.mark.parametrize(
+    "observations",
+    [
+        Dict(a=VECTOR, b=Discrete(3)), Tuple([VECTOR, Dict(a=UNIT)]), MultiDiscrete([3, 4]), MultiBinary(4),
+        Box(-1, 1, (3, 3), np.float32), Box(-1, 1, (), np.float32), Discrete(4, start=-1),
+        Box(0, 255, (5,), np.uint8), Box(-1, 1, (3,), np.float64), Box(0, 255, (12, 12, 3), np.uint8),
+        Box(0, 255, (36, 36), np.uint8),
+    ],
+    ids=str,
+)  # fmt: skip
+@each_back
+def test_spaces_that_are_supported(module, observations, own, tmp_path):
+    """What is neither a vector nor an image nor a number is made a vector, in training and evaluation."""
+    written = module.train(arguments(module, tmp_path / "run", env_id=own(module, observations)))
+    assert written["eval_returns"] == [10.0, 10.0]
+    assert all(tensor.isfinite().all() for tensor in parameters(tmp_path / "run").values())
+
+
+@pytest.mark.parametrize("mode", ["SameStep", "Disabled", "Silent"])
+@each([script("ppo_clip")])
+def test_other_ways_to_reset(module, mode, tmp_path):
+    """An environment whose last observations are lost, or that says nothing about it."""
+    refused(module, "only NEXT_STEP", *line(module, env_id=f"envs:test/{mode}-v0", run_dir=tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+MODULE_OF_ENVIRONMENTS = '''
+"""Environments of a user's own."""
+import gymnasium as gym
+from gymnasium.spaces import Box, Discrete, Text
+
+
+class Own(gym.Env):
+    def __init__(self, text=False, continuous=False):
+        self.observation_space = Text(5) if text else Box(-1, 1, (3,))
+        self.action_space = Box(-1, 1, (1,)) if continuous else Discrete(2)
+        self.steps = 0
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        return self.observation_space.sample(), {}
+
+    def step(self, action):
+        self.steps += 1
+        return self.observation_space.sample(), 1.0, self.steps % 10 == 0, False, {}
+
+
+gym.register("Own-v0", Own)
+gym.register("OwnBox-v0", Own, kwargs=dict(continuous=True))
+'''
+
+
+@each_back
+def test_environments_of_ones_own(module, tmp_path):
+    """module:Env-v0 on PYTHONPATH runs; with text for observations it is refused (by a Python of its own)."""
     (tmp_path / "own.py").write_text(MODULE_OF_ENVIRONMENTS)
-    line = [
-        flags(tiny(module, total_timesteps=64, env_id=own(module, kind), run_dir=f"run{kind}")) for kind in ("", "Dict")
-    ]
-    done = Process(script, line[0], tmp_path, path=[tmp_path]).wait()
+    env_id = f"own:Own{'Box' if is_continuous(module) else ''}-v0"
+    done = start(module, tmp_path, *line(module, env_id=env_id, run_dir="run"), path=[tmp_path]).wait()
     assert done.rc == 0, done.err
-    assert json.loads((tmp_path / "run" / "result.json").read_text())["eval_returns"] == [10.0, 10.0]
-    environ = os.environ | dict(PYTHONPATH=str(tmp_path))
-    refused = subprocess.run(
-        [sys.executable, script, *line[1]], cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=120
+    assert result(tmp_path / "run")["eval_returns"] == [10.0, 10.0]
+    given = line(module, env_id=env_id, run_dir="text", env_kwargs='{"text": true}')
+    alone = subprocess.run(
+        [sys.executable, module.__file__, *given],
+        cwd=tmp_path,
+        env=os.environ | dict(PYTHONPATH=str(tmp_path)),
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
-    assert (refused.returncode, refused.stdout) == (2, "")
-    assert re.fullmatch(r"\w+\.py: [^\n]*Dict[^\n]*not supported[^\n]*\n", refused.stderr)
-    assert not (tmp_path / "runDict").exists()
+    assert (alone.returncode, alone.stdout) == (2, "")
+    assert re.fullmatch(r"\w+\.py: [^\n]*Text[^\n]*not supported[^\n]*\n", alone.stderr)
+    assert not (tmp_path / "text").exists()
 
 
 @pytest.mark.parametrize(
@@ -254,111 +328,152 @@ def test_environments_of_ones_own(script, module, tmp_path):
         ("LunarLander-v3", "Box2D"),
     ],
 )
-@each_pair
-def test_missing_package(script, module, tmp_path, env_id, package):
+@each([script("ppo_clip")])
+def test_missing_package(module, tmp_path, env_id, package):
     """A package that some environments need and that is not installed is named in one sentence."""
-    check(run(script, module, tmp_path, "--env-id", env_id, "--run-dir", "run", hide=package), package)
+    check(run(module, tmp_path, "--env-id", env_id, "--run-dir", "run", hide=package), package)
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(("package", "flag"), [("moviepy", "--capture-video"), ("wandb", "--track")])
-@each_pair
-def test_missing_package_of_an_option(script, module, tmp_path, package, flag):
+@each_back
+def test_missing_package_of_an_option(module, tmp_path, package, flag):
     """Without moviepy or wandb all runs but --capture-video or --track, and that is refused before training."""
-    done = run(script, module, tmp_path, "--run-dir", "plain", hide=package)
+    done = run(module, tmp_path, "--run-dir", "plain", hide=package)
     assert done.rc == 0, done.err
-    check(run(script, module, tmp_path, "--run-dir", "run", flag, hide=package), package)
+    check(run(module, tmp_path, "--run-dir", "run", flag, hide=package), package)
     assert not (tmp_path / "run").exists()
+
+
+@each_back
+def test_an_environment_without_pictures(module, own, tmp_path):
+    """--capture-video that fails when all has been trained, because there is nothing to film."""
+    given = line(module, "--capture-video", env_id=own(module), run_dir=tmp_path / "run")
+    refused(module, "render", *given)
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()
 
 
 # Directories
 
 
-@each_pair
-def test_unwritable_directory(script, module, tmp_path):
+@each_back
+def test_unwritable_directory(module, tmp_path):
     """A run directory below a file cannot be made, by nobody."""
     (tmp_path / "file").write_text("precious")
-    check(run(script, module, tmp_path, "--run-dir", "file/run"), "file")
+    check(run(module, tmp_path, "--run-dir", "file/run"), "file")
     assert (tmp_path / "file").read_text() == "precious"
 
 
-def test_directory_of_another_run(finished, tmp_path):
+@each_back
+def test_directory_of_another_run(module, tmp_path):
     """--run-dir with a run in it is refused, with a hint at --resume, and stays as it is."""
-    script, module, folder = finished
-    shutil.copytree(folder, tmp_path / "run")
+    finished_run(module, tmp_path / "run")
     before = tree(tmp_path)
-    check(run(script, module, tmp_path, "--run-dir", "run"), "run", "--resume")
+    check(run(module, tmp_path, "--run-dir", "run"), "run", "--resume")
     assert tree(tmp_path) == before
 
 
-def test_directory_without_a_checkpoint(finished, tmp_path):
+@each_back
+def test_directory_without_a_checkpoint(module, tmp_path):
     """--resume of a run that was stopped before its first checkpoint says what is missing."""
-    script, _, folder = finished
-    shutil.copytree(folder, tmp_path / "run")
-    (tmp_path / "run" / "checkpoint.pt").unlink()
+    folder = finished_run(module, tmp_path / "run")
+    (folder / "checkpoint.pt").unlink()
     before = tree(tmp_path)
-    check(Process(script, ["--resume", "run"], tmp_path).wait(), r"checkpoint\.pt")
+    check(start(module, tmp_path, "--resume", "run").wait(), r"run .*no checkpoint")
     assert tree(tmp_path) == before
 
 
-def test_checkpoint_of_another_environment(finished, tmp_path):
-    """--resume with another --env-id is refused with both names at hand, and nothing is touched."""
-    script, module, folder = finished
-    shutil.copytree(folder, tmp_path / "run")
+@pytest.mark.parametrize(
+    ("flag", "value", "words"),
+    [
+        ("--seed", 2, "seed 1"),
+        ("--env-kwargs", '{"max_episode_steps": 9}', "env_kwargs ''"),
+        ("--run-dir", "elsewhere", "run_dir"),
+        ("--total-timesteps", 200, "256 steps already"),
+        ("--hidden-size", 24, "sizes"),
+        ("--env-id", None, "env_id"),
+    ],
+)
+@each_module
+def test_what_cannot_change_in_a_resumed_run(module, flag, value, words, tmp_path):
+    """A run whose second half is another run's, or that ends before it began: refused, and nothing is touched."""
+    folder = finished_run(module, tmp_path / "run")
     before = tree(tmp_path)
-    other = "MountainCarContinuous-v0" if simple_env(module) == "Pendulum-v1" else "Acrobot-v1"
-    check(Process(script, ["--resume", "run", "--env-id", other], tmp_path).wait(), simple_env(module))
+    if flag == "--env-id":
+        value = "MountainCarContinuous-v0" if is_continuous(module) else "Acrobot-v1"
+        words = f"env_id '{module.Args.env_id}'"
+    refused(module, words, "--resume", folder, flag, value)
     assert tree(tmp_path) == before
 
 
-def test_checkpoint_of_another_size(finished, tmp_path):
-    """--resume with another network than that of the checkpoint is refused with a sentence, and nothing is touched."""
-    script, _, folder = finished
-    shutil.copytree(folder, tmp_path / "run")
-    before = tree(tmp_path)
-    check(Process(script, ["--resume", "run", "--hidden-size", "24"], tmp_path).wait(), "sizes")
-    assert tree(tmp_path) == before
-
-
-def test_checkpoint_of_another_algorithm(finished, tmp_path):
+@each_back
+def test_checkpoint_of_another_algorithm(module, tmp_path):
     """A script under another name is another algorithm: it refuses the run, names its algorithm and touches nothing."""
-    script, _, folder = finished
-    shutil.copytree(folder, tmp_path / "run")
-    shutil.copy(script, tmp_path / "another.py")
+    finished_run(module, tmp_path / "run")
+    shutil.copy(module.__file__, tmp_path / "another.py")
     before = tree(tmp_path)
-    check(Process(tmp_path / "another.py", ["--resume", "run"], tmp_path).wait(), script.stem)
+    check(Process(tmp_path / "another.py", ["--resume", "run"], tmp_path).wait(), name_of(module))
     assert tree(tmp_path) == before
 
 
 # Services and numbers
 
 
-@each_pair
-def test_tracking_without_login(script, module, tmp_path):
+@each_back
+def test_tracking_without_login(module, tmp_path):
     """--track with no API key anywhere: refused within seconds, before training, and no run directory remains."""
     pytest.importorskip("wandb")
     environ = dict(HOME=str(tmp_path), NETRC=str(tmp_path / "netrc"), WANDB_MODE=None, WANDB_API_KEY=None)
-    done = run(script, module, tmp_path, "--track", "--run-dir", "run", environ=environ)
+    done = run(module, tmp_path, "--track", "--run-dir", "run", environ=environ)
     check(done, "wandb")
     assert not (tmp_path / "run").exists()
 
 
-@each_pair
-def test_training_that_diverges(script, module, tmp_path):
+@each_module
+def test_training_that_diverges(module, own, tmp_path):
     """The first loss that is not a number ends the run; the last good checkpoint is whole and good."""
-    (tmp_path / "own.py").write_text(MODULE_OF_ENVIRONMENTS)
-    settings = tiny(module, total_timesteps=2000, checkpoint_every=64, env_id=own(module, "NaN"), run_dir="run")
-    done = Process(script, flags(settings), tmp_path, path=[tmp_path]).wait()
-    assert done.rc == 2, done.err
-    assert "Traceback" not in done.err
-    (sentence,) = [line for line in done.err.splitlines() if line.startswith(f"{script.name}: ")]
-    assert re.search(r"step \d+", sentence), sentence
-    step = int(re.search(r"step (\d+)", sentence)[1])
+    env_id = own(module, bad_after=100)
+    given = line(module, total_timesteps=2000, checkpoint_every=64, env_id=env_id, run_dir=tmp_path / "run")
+    with pytest.raises(
+        module.Refusal, match=r"diverged before step \d+; --resume \S+ continues from step \d+"
+    ) as error:
+        module.train(module.parse_args(given))
+    step, saved = map(int, re.findall(r"step (\d+)", str(error.value)))
     assert 200 < step <= 264, "the bad rewards begin at step 200: 100 of 2 environments"
-    assert "checkpoint" in sentence
-    assert 64 <= checkpoint(tmp_path / "run")["step"] < step
+    assert 64 <= checkpoint(tmp_path / "run")["step"] == saved < step
     assert parameters(tmp_path / "run")
     assert all(tensor.isfinite().all() for tensor in parameters(tmp_path / "run").values())
-    lines = metrics(tmp_path / "run")
-    assert lines[-1]["global_step"] < step
+    assert steps(tmp_path / "run")[-1] < step
+    assert metrics(tmp_path / "run")
     assert not (tmp_path / "run" / "result.json").exists()
+
+
+# Bugs that these tests find
+
+
+@pytest.mark.parametrize(
+    ("test", "given", "name", "old", "new"),
+    [
+        (test_training_that_diverges, {}, "ppo_clip", "if not np.isfinite(list(metrics.values())).all():", "if False:"),
+        (
+            test_what_cannot_change_in_a_resumed_run, dict(flag="--seed", value=2, words="seed 1"),
+            "td3", '"env_kwargs", "seed"', '"env_kwargs"',
+        ),
+        (
+            test_what_cannot_change_in_a_resumed_run, dict(flag="--total-timesteps", value=200, words="already"),
+            "ppo_clip", 'now["total_timesteps"] < self.step', "False",
+        ),
+        (
+            test_directory_of_another_run, {},
+            "td3", "if has_checkpoint and not args.resume:", "if False:",
+        ),
+        (
+            test_other_ways_to_reset, dict(mode="Silent"),
+            "ppo_clip", "if mode != gym.vector.AutoresetMode.NEXT_STEP:", "if mode == 1:",
+        ),
+    ],
+    ids=lambda value: value.__name__ if callable(value) else "",
+)  # fmt: skip
+def test_a_planted_bug_is_found(request, test, given, name, old, new):
+    """Each of these edits of a script makes the test fail."""
+    fails_with_a_bug(request, test, name, old, new, **given)

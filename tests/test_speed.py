@@ -22,6 +22,7 @@ for name in ("env-id", "run-dir", "total-timesteps", "torch-threads", "eval-epis
     parser.add_argument(f"--{name}")
 parser.add_argument("--seed", type=int)
 parser.add_argument("--anneal-lr", action=argparse.BooleanOptionalAction)
+parser.add_argument("--compile", action="store_true")
 args = parser.parse_args()
 cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
 line = ["ours", args.seed, args.total_timesteps, cores, os.environ["OMP_NUM_THREADS"]]
