@@ -536,6 +536,8 @@ def can_compile(device: torch.device) -> bool:
 def descend(optimizer: torch.optim.Optimizer, gradients: dict[nn.Parameter, Tensor]) -> None:
     """One step of the optimizer down these gradients."""
     for parameter, gradient in gradients.items():
+        if gradient.stride() != parameter.stride():  # as behind a CNN; a fused optimizer would mix up the elements
+            gradient = torch.empty_like(parameter).copy_(gradient)
         parameter.grad = gradient
     optimizer.step()
 

@@ -1,12 +1,10 @@
-"""What the tests of the policy gradients share: agents in float64, their policies written out, and Adam."""
+"""What the tests of the policy gradients share: agents in float64, and their policies written out."""
 
 import math
 
-import envs
 import numpy as np
 import pytest
 import torch
-from conftest import make_args, spy
 from gymnasium.spaces import Box, Discrete
 
 OBS = Box(-np.inf, np.inf, (3,), np.float32)
@@ -62,33 +60,3 @@ def kl(old, new, obs):
         return (probs * (probs / new_probs).log()).sum(-1)
     squares = ((2 * old.log_std).exp() + (output - new_output) ** 2) / (2 * new.log_std).exp()
     return (new.log_std - old.log_std + squares / 2 - 0.5).sum(-1)
-
-
-def check_adam(module, folder):
-    """Every step that train() takes is one of Adam with eps = 1e-5; gradients are made so small that eps counts."""
-    moments = {}
-    expected = {}
-
-    def before(optimizer, gradients):
-        for parameter, gradient in gradients.items():
-            gradient = gradient * 1e-5
-            gradients[parameter] = gradient
-            m, v, t = moments.get(parameter, (0, 0, 0))
-            m = 0.9 * m + 0.1 * gradient.double()
-            v = 0.999 * v + 0.001 * gradient.double() ** 2
-            t = t + 1
-            moments[parameter] = (m, v, t)
-            step = m / (1 - 0.9**t) / ((v / (1 - 0.999**t)).sqrt() + 1e-5)
-            expected[parameter] = (parameter.detach() - 1e-2 * step).float()
-
-    def after(_, optimizer, gradients):
-        for parameter in gradients:
-            torch.testing.assert_close(parameter.detach(), expected[parameter], atol=1e-6, rtol=1e-6)
-
-    envs.Tagged.instances = []
-    given = dict(env_id="test/Tagged-v0", num_envs=3, num_steps=16, total_timesteps=240, update_epochs=2)
-    given |= dict(num_minibatches=2, learning_rate=1e-2, critic_learning_rate=1e-2)
-    with pytest.MonkeyPatch.context() as patch:
-        spy(patch, module, "descend", before, after)
-        module.train(make_args(module, folder, **given))
-    assert min(t for _, _, t in moments.values()) > 4

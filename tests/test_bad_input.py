@@ -49,7 +49,7 @@ class Own(gym.Env):
         return self.observation_space.sample(), {}
 
     def step(self, action):
-        assert self.action_space.contains(action), f"{action} is not in {self.action_space}"
+        assert self.action_space.contains(np.nan_to_num(action)), f"{action} is not in {self.action_space}"
         self.steps += 1
         reward = float("nan") if self.steps > self.bad_after else 1.0
         return self.observation_space.sample(), reward, self.steps % 10 == 0, False, {}
@@ -106,10 +106,11 @@ def refused(module, words: str, *argv: str) -> None:
         ("--env-id Nope-v0", ["Nope"]),
         ("--env-id nowhere:Nope-v0", ["nowhere"]),
         ("--env-id ALE/Nope-v5", ["Nope"]),
-        ("--env-id no:such:id", ["no:such:id|such"]),
+        ("--env-id no:such:id", ["no:such:id"]),
         ("--env-id", ["env-id"]),
         ("--devcie cpu", ["--devcie"]),
         ("--device tpu", ["tpu", "device"]),
+        ("--seed 99999999999999999999", ["seed"]),
         ("--num-envs 0", ["num_envs", "0"]),
         ("--num-envs two", ["num-envs", "two"]),
         ("--gamma 1.5", ["gamma", r"1\.5"]),
@@ -137,7 +138,7 @@ def test_bad_command_lines(module, tmp_path, argv, words):
 @pytest.mark.parametrize("device", ["cuda:1", "cuda:77", "mps", "hpu", "xla", "meta", "", "cuda:-1", "auto:1"])
 @each_back
 def test_device_that_is_not_there(module, tmp_path, device):
-    """A device that this machine does not have is refused, not silently replaced, and so is one that computes nothing."""
+    """What this machine does not have is refused, not silently replaced, and so is a device that computes nothing."""
     if device == "mps" and torch.backends.mps.is_available():
         pytest.skip("this machine has one")
     if device == "cuda:1" and torch.cuda.device_count() > 1:
@@ -258,9 +259,18 @@ def test_actions_without_bounds(module, own, tmp_path):
 @each_back
 def test_spaces_that_are_supported(module, observations, own, tmp_path):
     """What is neither a vector nor an image nor a number is made a vector, in training and evaluation."""
-    written = module.train(arguments(module, tmp_path / "run", env_id=own(module, observations)))
+    written = module.train(arguments(module, tmp_path / "run", env_id=own(module, observations), total_timesteps=64))
     assert written["eval_returns"] == [10.0, 10.0]
     assert all(tensor.isfinite().all() for tensor in parameters(tmp_path / "run").values())
+
+
+@each([script("ppo_clip")])
+def test_seeds_of_atari(module):
+    """Its seeds have 31 bits, and those of environments are a million times as large as that of the run."""
+    envs = module.make_envs("ALE/Pong-v5", 2)
+    for seed in (0, 5000, 2**31 - 1):
+        envs.reset(seed=module.env_seed(seed, 500_000))
+    envs.close()
 
 
 @pytest.mark.parametrize("mode", ["SameStep", "Disabled", "Silent"])

@@ -196,7 +196,7 @@ class File:
     def write(self, data):
         self.room -= len(data)
         if self.room < 0:
-            raise self.error
+            raise self.error()
         return self.file.write(data)
 
 
@@ -214,7 +214,9 @@ def limit(monkeypatch):
     return patch
 
 
-NO_SPACE = OSError(errno.ENOSPC, "No space left on device")
+def no_space() -> OSError:
+    """What a write to a full disk raises."""
+    return OSError(errno.ENOSPC, "No space left on device")
 
 
 @pytest.mark.parametrize(
@@ -226,7 +228,7 @@ def test_a_full_disk(module, file, room, limit, tmp_path):
     """A traceback, a file that is lost or half written, or a rest of it that takes the space that there is."""
     folder = finished_run(module, tmp_path / "run")
     before = tree(folder)
-    limit(module, file, room, NO_SPACE)
+    limit(module, file, room, no_space)
     with pytest.raises(module.Refusal, match=r"No space left on device.*continues from step 256") as error:
         resume(module, folder)
     assert str(folder / file) in str(error.value)
@@ -240,7 +242,7 @@ def test_a_full_disk(module, file, room, limit, tmp_path):
 @each_back
 def test_a_full_disk_at_the_first_checkpoint(module, limit, tmp_path):
     """A message that promises a checkpoint where there is none."""
-    limit(module, "checkpoint", 100, NO_SPACE)
+    limit(module, "checkpoint", 100, no_space)
     with pytest.raises(module.Refusal, match=r"checkpoint\.pt could not be written.*No space left.*nothing was saved"):
         module.train(arguments(module, tmp_path / "run"))
     assert tree(tmp_path / "run").keys() == {"config.json", "metrics.jsonl"}
@@ -251,7 +253,7 @@ def test_a_full_disk_at_a_line_of_the_log(module, tmp_path, monkeypatch):
     """The log is the one file that grows in place: its error is a fault from outside like that of the others."""
 
     def fill(_, run, *__):
-        run.file = File(run.file, 100, NO_SPACE)
+        run.file = File(run.file, 100, no_space)
 
     folder = finished_run(module, tmp_path / "run")
     with monkeypatch.context() as patch:
@@ -406,6 +408,7 @@ def test_a_directory_is_for_one_process(module, resumed, tmp_path, monkeypatch):
         wait_for(lambda: checkpoint(folder)["step"] > saved, first)
     try:
         monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(module.Run, "log", lambda *_: pytest.fail("it trains"))
         written = (folder / "config.json").stat().st_mtime_ns
         for argv in (["--resume", "run"], line(module, **settings | dict(seed=2))):
             with pytest.raises(module.Refusal, match=r"run is in use by another process"):

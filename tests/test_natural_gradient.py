@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
-from conftest import make_args, spy
+from conftest import learner_name, make_args, spy
 from gymnasium.spaces import Box, Discrete
-from off_policy import bugs, flat, gradient, key, lines, transitions
-from on_policy import check_adam, each_space, entropy, kl, log_prob, make_agent, sample
+from off_policy import bugs, flat, gradient, lines
+from on_policy import each_space, entropy, kl, log_prob, make_agent, sample
 from runs import each, fails_with_a_bug, name_of, planted
 from torch.nn.utils import vector_to_parameters
 
@@ -404,7 +404,7 @@ def test_steps_in_parameters_are_seen(request, name, old, new):
 
 @each([trpo])
 @each_space
-@pytest.mark.parametrize("target_kl", [1e-4, 1e-2, 0.3])
+@pytest.mark.parametrize("target_kl", [1e-6, 1e-2, 0.3])
 def test_trpo_step_stays_in_the_trust_region(module, space, target_kl):
     """A KL beyond delta, a surrogate that has fallen, metrics of another step than the one taken."""
     agent, args = make_agent(module, space, target_kl=target_kl, damping=1e-3, cg_iterations=50)
@@ -439,7 +439,7 @@ def say_curvature_is_small(monkeypatch, module):
     fisher_vector_product = module.fisher_vector_product
 
     def flat_product(agent, obs, damping):
-        product = fisher_vector_product(agent, obs, 1e-6)
+        product = fisher_vector_product(agent, obs, damping)
         return lambda v: product(v) / 25
 
     monkeypatch.setattr(module, "fisher_vector_product", flat_product)
@@ -449,7 +449,7 @@ def say_curvature_is_small(monkeypatch, module):
 @each_space
 def test_line_search_takes_the_first_step_that_will_do(module, monkeypatch, space):
     """A step that is too long taken all the same, or a shorter one than needed."""
-    agent, args = make_agent(module, space, target_kl=1e-3, damping=0.0, cg_iterations=50)
+    agent, args = make_agent(module, space, target_kl=1e-3, damping=0.01, cg_iterations=50)
     batch = make_batch(agent)
     start = copy.deepcopy(agent)
     say_curvature_is_small(monkeypatch, module)
@@ -605,12 +605,14 @@ def test_fisher_matrix_of_every_kth_row(module, monkeypatch):
     assert set(rows) == {64}
 
 
+ROWS = 'obs = batch["obs"]\n'
+
+
 @bugs(
     ("npg", "obs[:: args.fisher_stride]", "obs"),
     ("npg", "obs[:: args.fisher_stride]", "obs[: len(obs) // args.fisher_stride]"),
-    ("trpo", 'obs = batch["obs"]\n', 'obs = batch["obs"][:: args.fisher_stride]\n'),
+    ("trpo", ROWS, f"batch = {{name: column[:: args.fisher_stride] for name, column in batch.items()}}\n    {ROWS}"),
 )
-@pytest.mark.filterwarnings("ignore:Using a target size")
 def test_stride_is_seen(request, name, old, new):
     fails_with_a_bug(request, test_fisher_matrix_of_every_kth_row, name, old, new)
 
@@ -619,7 +621,8 @@ def test_stride_is_seen(request, name, old, new):
 @each_space
 def test_a_replaced_actor_is_what_moves(module, space):
     """A list of theta's parameters that is made once: the step would move a network that no longer acts."""
-    agent, args = make_agent(module, space, target_kl=0.1, cg_iterations=50)
+    agent, args = make_agent(module, space, cg_iterations=50)
+    args.target_kl = 0.1  # a step of TRPO long enough to be seen
     take_step(module, agent, make_batch(agent), args, alpha=0.1)
     replaced = agent.actor
     unmoved = flat(replaced.parameters())
@@ -705,101 +708,40 @@ def test_surrogate_and_value_loss_see(request, name, old, new):
     fails_with_a_bug(request, test_surrogate_and_value_loss_row_by_row, name, old, new, space=Discrete(4))
 
 
-def step_name(module):
-    """The name of the policy's step."""
-    return "natural_gradient_step" if name_of(module) == "npg" else "trust_region_step"
-
-
 @each_script
-@pytest.mark.parametrize("norm_obs", [False, True])
-def test_the_policy_moves_once_per_batch_and_first(module, monkeypatch, tmp_path, norm_obs):
-    """A policy step after the critic's or after new statistics, on other rows than the transitions, of another size.
-
-    The log has the metrics of just this step.
-    """
+def test_the_policy_moves_once_per_batch_and_first(module, monkeypatch, tmp_path):
+    """A policy step after the critic's, or more than one; a log of other steps than those taken."""
     monkeypatch.setattr(envs.Tagged, "instances", [])
     events = []
-    counts = []  # of the normaliser
-    divergences = []
-    learned = 0
+    starts = []
+    moves = []
 
-    def before_step(agent, batch, *rest):
-        nonlocal learned
-        k = len(counts)
+    def before_step(agent, batch, *_):
         events.append("policy")
-        divergences.append(copy.deepcopy(agent))
-        if norm_obs:
-            counts.append(agent.encoder.count.item())
-            assert counts[-1] == learned
-        else:
-            counts.append(0)
-        if name_of(module) == "npg":
-            assert rest[0] == pytest.approx(0.4 * (1 - k / 4))
-        rows = transitions()
-        keys = [key(obs) for obs in batch["obs"]]
-        learned += len(keys)
-        assert sorted(keys) == sorted(i for i, row in rows.items() if 16 * k <= row["t"] < 16 * (k + 1))
-        low, high = np.array([-1, -3]), np.array([2, 0.5])
-        actions = np.clip(low + (batch["actions"].numpy() + 1) / 2 * (high - low), low, high)
-        assert actions == pytest.approx(np.stack([rows[i]["action"] for i in keys]), abs=1e-5)
-        advantages = batch["returns"] - agent(batch["obs"])[1].detach()
-        advantages = (advantages - advantages.mean()) / advantages.std()
-        torch.testing.assert_close(batch["advantages"], advantages, atol=1e-5, rtol=1e-4)
+        starts.append(copy.deepcopy(agent))
 
     def after_step(metrics, agent, batch, *_):
-        start = divergences.pop()
         with torch.no_grad():
             x = agent.encoder(batch["obs"])
-            divergences.append(kl(start, agent, x).mean().item())
+            moves.append((kl(starts[-1], agent, x).mean().item(), entropy(starts[-1], x).mean().item()))
 
-    def before_descend(optimizer, gradients):
-        events.append("critic")
-        (group,) = optimizer.param_groups
-        assert group["lr"] == pytest.approx(1e-3 * (1 - (len(counts) - 1) / 4))
-
-    spy(monkeypatch, module, step_name(module), before_step, after_step)
-    spy(monkeypatch, module, "descend", before_descend)
-    schedule = dict(anneal_lr=True, policy_step=0.4, learning_rate=1e-3, norm_obs=norm_obs)
-    args = make_args(module, tmp_path, env_id="test/TaggedBox-v0", num_envs=3, num_steps=16, total_timesteps=192,
-                     update_epochs=2, num_minibatches=4, **schedule)  # fmt: skip
-    module.train(args)
+    spy(monkeypatch, module, learner_name(module), before_step, after_step)
+    spy(monkeypatch, module, "descend", before=lambda *_: events.append("critic"))
+    given = dict(num_envs=3, num_steps=16, total_timesteps=192, update_epochs=2, num_minibatches=4, norm_obs=True)
+    module.train(make_args(module, tmp_path, env_id="test/TaggedBox-v0", **given))
     assert events == (["policy"] + ["critic"] * 8) * 4
-    assert [line["approx_kl"] for line in lines(tmp_path)] == pytest.approx(divergences, rel=1e-3, abs=1e-7)
-    assert max(divergences) > 1e-3
+    logged = [(line["approx_kl"], line["entropy"]) for line in lines(tmp_path)]
+    for found, expected in zip(logged, moves, strict=True):
+        assert found == pytest.approx(expected, rel=1e-3, abs=1e-7)
+    assert max(moves)[0] > 1e-3
 
 
 STEP = "history = [natural_gradient_step(agent, batch, policy_step, args)]"
-UPDATE = """        if isinstance(agent.encoder, RunningNorm):
-            agent.encoder.update(batch["obs"])"""
 
 
 @bugs(
-    ("npg", "(remaining if args.anneal_lr else 1)", "1"),
-    ("npg", STEP, f"agent.encoder.update(batch['obs'])\n        {STEP}"),
     ("npg", STEP, f"{STEP}\n        history.append(natural_gradient_step(agent, batch, policy_step, args))"),
-    ("npg", STEP, STEP.replace("batch,", "{name: column[1:] for name, column in batch.items()},")),
-    ("npg", "batch[name][valid] for name in names", "batch[name].flatten(0, 1) for name in names"),
-    ("npg", UPDATE, "        if False:\n            pass"),
     ("npg", "history.append(metrics)", "history.append(metrics | dict(approx_kl=torch.zeros(())))"),
 )
-def test_train_sees(request, name, old, new):
-    fails_with_a_bug(request, test_the_policy_moves_once_per_batch_and_first, name, old, new, norm_obs=True)
-
-
-@each_script
-def test_adam_of_the_value_fit(module, tmp_path):
-    """Another epsilon than the 1e-5 of the page, or another optimizer."""
-    check_adam(module, tmp_path)
-
-
-ADAM = "torch.optim.Adam(agent.critic.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)"
-
-
-@bugs(
-    ("npg", ADAM, ADAM.replace("1e-5", "1e-8")),
-    ("trpo", ADAM, ADAM.replace("1e-5", "1e-8")),
-    ("trpo", ADAM, ADAM.replace("Adam", "AdamW")),
-    ("trpo", ADAM, ADAM.replace("lr=args.learning_rate", "lr=1e-3")),
-)
-def test_adam_of_the_value_fit_is_seen(request, name, old, new):
-    fails_with_a_bug(request, test_adam_of_the_value_fit, name, old, new)
+def test_more_than_a_step_is_seen(request, name, old, new):
+    fails_with_a_bug(request, test_the_policy_moves_once_per_batch_and_first, name, old, new)

@@ -123,7 +123,7 @@ def test_rows_with_another_start_see(request, name, old, new):
 )
 def test_rows_of_two_axes_see(name, old, new, monkeypatch, tmp_path):
     module = planted(script(name), old, new, tmp_path / "planted")
-    with pytest.raises(ValueError, match="shape|operands"):
+    with pytest.raises(ValueError, match=r"zip|broadcast"):
         test_learned_rows_are_exactly_the_transitions(module, monkeypatch, tmp_path, "TaggedOther")
 
 
@@ -266,6 +266,7 @@ SHIFTED = "(t - learning_starts + args.learning_starts)"  # the same until the r
     ("ddpg", EACH, "for t in (step,):"),
     ("ddpg", EACH, "for t in range(step - N, step):"),
     ("ddpg", "agent=agent, target=target", "agent=agent, target=agent"),
+    ("td3", "agent=agent, target=target", "agent=agent, target=copy.deepcopy(agent)"),
     ("ddpg", "copy.deepcopy(agent).requires_grad_(False)", "copy.deepcopy(agent)"),
     ("td3", "copy.deepcopy(agent).requires_grad_(False)", "agent"),
     ("td3", DELAY, "if step // N % args.policy_frequency == 0:"),
@@ -288,7 +289,6 @@ def test_even_periods_see(request, name, old, new):
     ("dqn", "agent=agent, target=target", "agent=agent, target=agent"),
     ("double_dqn", "agent=agent, target=target", "agent=agent, target=copy.deepcopy(agent)"),
     ("dueling_dqn", "agent=agent, target=target,", "agent=agent,"),
-    ("td3", "agent=agent, target=target", "agent=agent, target=copy.deepcopy(target)"),
 )
 def test_long_periods_see(request, name, old, new):
     fails_with_a_bug(request, test_periods, name, old, new, N=3, k=4, f=70)

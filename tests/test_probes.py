@@ -11,7 +11,8 @@ def learn(module, monkeypatch, folder, name, **given):
     """Train on test/<name>-v0; return the agent and the mean return of its deterministic policy."""
     plain = dict(env_id=f"test/{name}-v0", total_timesteps=4096, num_envs=4, num_steps=32, learning_rate=1e-2)
     plain |= dict(update_epochs=4, num_minibatches=2, gamma=0.9, eval_episodes=20, anneal_lr=True)
-    settings, agents = plain | given, []
+    settings = plain | given
+    agents = []
     settings["total_timesteps"] *= 1 if hasattr(module.Args, "update_epochs") else 8  # one gradient step per batch
     settings["total_timesteps"] *= 2 if hasattr(module.Args, "line_search_steps") else 1  # steps of bounded length
     spy(monkeypatch, module, "evaluate", before=lambda agent, *_: agents.append(agent))
@@ -20,10 +21,10 @@ def learn(module, monkeypatch, folder, name, **given):
 
 
 def value(agent, *obs):
-    """V of observations, those of a vector space given as numbers."""
-    obs = np.stack(obs) if agent.obs_space.shape != (1,) else np.float32(obs)[:, None]
+    """V of observations; a Python number stands for a vector of one."""
+    obs = [np.full(1, x, np.float32) if isinstance(x, int) else x for x in obs]
     with torch.no_grad():
-        return agent(torch.from_numpy(obs))[1].tolist()
+        return agent(torch.from_numpy(np.stack(obs)))[1].tolist()
 
 
 def near(expected, tolerance=0.05):
@@ -98,7 +99,8 @@ def test_bounds_of_each_dimension_and_side(module, monkeypatch, tmp_path):
     """One bound for all dimensions, symmetric bounds, a bias added twice, actions outside the space."""
     monkeypatch.setattr(envs.Bounds, "actions", [])
     agent, mean = learn(module, monkeypatch, tmp_path, "Bounds", total_timesteps=8192, num_steps=64)
-    space, actions = envs.Bounds.action_space, np.stack(envs.Bounds.actions)
+    space = envs.Bounds.action_space
+    actions = np.stack(envs.Bounds.actions)
     assert all(map(space.contains, envs.Bounds.actions))
     assert (actions == space.low).any(0).all()  # exploration reached all four bounds, so
     assert (actions == space.high).any(0).all()  # that no action was clipped to less than them
@@ -113,7 +115,7 @@ def test_image(module, monkeypatch, tmp_path):
     given = dict(total_timesteps=1536, learning_rate=1e-3, policy_step=0.05)
     agent, mean = learn(module, monkeypatch, tmp_path, "Image", **given)
     assert mean == 1
-    assert value(agent, agent.obs_space.sample() * 0) != near([0], 1e-4)
+    assert value(agent, np.zeros((2, 36, 36), np.uint8)) != near([0], 1e-4)
 
 
 @on_policy
@@ -129,7 +131,7 @@ def test_numbers_that_do_not_start_at_0(module, monkeypatch, tmp_path):
     """Discrete.start forgotten, in observations or in actions."""
     agent, mean = learn(module, monkeypatch, tmp_path, "Numbers", learning_rate=5e-3)
     assert mean == 1
-    assert value(agent, 5, 6, 7) == near([1, 1, 1], 0.1)
+    assert value(agent, *np.arange(5, 8)) == near([1, 1, 1], 0.1)
 
 
 # Broken on purpose: each of these bugs must move a value far enough for the probes above to see it.
@@ -181,7 +183,8 @@ def trace_across_truncations(rewards, values, terminated, done, gamma, lam):
 
 @break_gae
 def bootstrap_after_reset(rewards, values, terminated, done, gamma, lam):
-    values, ends = values.clone(), done[:-1]
+    values = values.clone()
+    ends = done[:-1]
     values[1:-1][ends] = values[2:][ends]
     return rewards, values, terminated, done, gamma, lam
 
