@@ -3,6 +3,7 @@
 import json
 
 import envs
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -18,6 +19,19 @@ VECTOR = Box(-np.inf, np.inf, (5,), np.float32)
 FRAMES = Box(0, 255, (2, 36, 36), np.uint8)
 GRID = Box(0, 1, (10, 10, 3), np.bool_)
 CPU = torch.device("cpu")
+
+
+class ImageBox(envs.Image):
+    """The lit half says whether the reward is 1 or -1, whatever the action."""
+
+    action_space = Box(-1, 1, (1,), np.float32)
+
+    def step(self, action):
+        reward = 2.0 * self.state - 1
+        return self.observe(), reward, True, False, {}
+
+
+gym.register("test/ImageBox-v0", ImageBox, disable_env_checker=True, order_enforce=False)
 
 
 def bugs(*triples):

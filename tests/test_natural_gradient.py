@@ -44,6 +44,11 @@ def make_batch(agent, rows=64):
     return dict(obs=obs, actions=actions, advantages=advantages, returns=torch.randn(rows, dtype=torch.float64))
 
 
+def label(x):
+    """Of a test with its arguments, or of a text, the name in the list of tests."""
+    return x[0].__name__ if isinstance(x, tuple) else " ".join(x.split())[:50]
+
+
 def take_step(module, agent, batch, args, alpha=0.01):
     """The step of the policy, whichever the script is."""
     if name_of(module) == "npg":
@@ -283,6 +288,7 @@ WITHOUT_CURVATURE = (test_conjugate_gradient_without_positive_curvature, {})
         (WITHOUT_CURVATURE, CURVATURE, CURVATURE.replace("not curvature > 0", "curvature < 0")),
         (WITHOUT_CURVATURE, CURVATURE, CURVATURE.replace("not curvature > 0", "curvature == 0")),
     ],
+    ids=label,
 )
 def test_conjugate_gradient_sees(request, test, old, new):
     test, given = test
@@ -354,7 +360,7 @@ ENTROPY = "entropy=old.entropy().mean()"
     ("npg", "args.fisher_stride], args.damping)", "args.fisher_stride], 0.0)"),
     ("npg", KL_OF_STEP, KL_OF_STEP.replace("old, new", "new, old")),
     ("npg", KL_OF_STEP, "kl = alpha**2 * (direction @ gradient) / 2"),
-    ("npg", KL_OF_STEP, '_, log_ratio = 0, new.log_prob(batch["actions"]) - old.log_prob(batch["actions"]); '
+    ("npg", KL_OF_STEP, 'log_ratio = new.log_prob(batch["actions"]) - old.log_prob(batch["actions"]); '
      "kl = (log_ratio.exp() - 1 - log_ratio).mean()"),
     ("npg", GAIN, GAIN.removesuffix(' - batch["advantages"].mean()')),
     ("npg", GAIN, "gain = alpha * (gradient @ direction)"),
@@ -510,6 +516,7 @@ WITH_GAIN = (test_line_search_wants_a_gain, {})
         (FIRST, "theta + fraction * full_step", "theta + full_step"),
         (WITH_GAIN, ACCEPT, ACCEPT.replace(" and gain > 0", "")),
     ],
+    ids=label,
 )
 def test_trpo_step_sees(request, space, test, old, new):
     test, given = test

@@ -17,12 +17,13 @@ from runs import fails_with_a_bug, is_continuous, name_of
 
 
 @each_off_policy
-@pytest.mark.parametrize("max_grad_norm", [0.05, 1e6])
-def test_gradient_step(module, monkeypatch, tmp_path, max_grad_norm):
+@pytest.mark.parametrize(("env", "max_grad_norm"), [("Tagged", 0.05), ("Tagged", 1e6), ("Image", 0.05)])
+def test_gradient_step(module, monkeypatch, tmp_path, env, max_grad_norm):
     """First the critics, then the actor up the new critics, then temperature and targets; each moves its part alone.
 
     Gradients are scaled all together, and only where they are too long. Each step is the first one of Adam, with the
-    eps of 1e-5 in DQN and its kin, and with PyTorch's own of 1e-8 elsewhere.
+    eps of 1e-5 in DQN and its kin, and with PyTorch's own of 1e-8 elsewhere. Behind a CNN, gradients lie in memory in
+    another order than parameters, which the fused optimizers of PyTorch take for the same without a word.
     """
     inputs = []
     gradients = []  # of each step, by name
@@ -36,9 +37,12 @@ def test_gradient_step(module, monkeypatch, tmp_path, max_grad_norm):
     spy(monkeypatch, module, "critic_loss", lambda *given: inputs.extend([*given, copy.deepcopy(given[1])]))
     spy(monkeypatch, module, "descend", before)
     given = dict(train_frequency=3, total_timesteps=33, policy_frequency=1, target_network_frequency=1000, tau=0.3)
-    learn(module, tmp_path, learning_rate=0.01, max_grad_norm=max_grad_norm, **given)
+    learn(module, tmp_path, env, learning_rate=0.01, max_grad_norm=max_grad_norm, **given)
     agent, target, batch, args, old_target = inputs
     agents.append(agent)
+
+    def entropy():
+        return module.actor_loss(agents[1], batch)[1]["entropy"]
 
     losses = [lambda: module.critic_loss(agents[0], old_target, batch, args)[0]]
     owners = [""]
@@ -46,7 +50,7 @@ def test_gradient_step(module, monkeypatch, tmp_path, max_grad_norm):
         losses.append(lambda: module.actor_loss(agents[1], batch)[0])
         owners = ["critic", "actor"]
     if has_noise(module):
-        losses.append(lambda: agents[2].log_alpha.exp() * (module.actor_loss(agents[1], batch)[1]["entropy"] + 2))
+        losses.append(lambda: agents[2].log_alpha.exp() * (entropy() + batch["actions"].shape[-1]))
         owners.append("log_alpha")
     assert len(gradients) == len(losses)
 
@@ -58,7 +62,7 @@ def test_gradient_step(module, monkeypatch, tmp_path, max_grad_norm):
         assert gradients[i].keys() == own.keys()
         expected = flat(torch.autograd.grad(losses[i](), own.values()))
         if not is_continuous(module):
-            assert expected.norm() > 0.1
+            assert expected.norm() > 0.05
             expected *= min(1, max_grad_norm / expected.norm().item())
         g = flat(gradients[i].values())
         torch.testing.assert_close(g, expected, atol=1e-6, rtol=1e-3)
@@ -115,12 +119,20 @@ FOLLOW = "polyak_update(target, agent, args.tau)"
     ("sac", "polyak_update(target.critic2, agent.critic2", "polyak_update(target.critic2, agent.critic1"),
 )
 def test_gradient_step_sees(request, name, old, new):
-    fails_with_a_bug(request, test_gradient_step, name, old, new, max_grad_norm=0.05)
+    fails_with_a_bug(request, test_gradient_step, name, old, new, env="Tagged", max_grad_norm=0.05)
 
 
 @bugs(("dqn", "(max_norm / (norm + 1e-6)).clamp(max=1)", "max_norm / (norm + 1e-6)"))
 def test_step_down_a_short_gradient_sees(request, name, old, new):
-    fails_with_a_bug(request, test_gradient_step, name, old, new, max_grad_norm=1e6)
+    fails_with_a_bug(request, test_gradient_step, name, old, new, env="Tagged", max_grad_norm=1e6)
+
+
+@bugs(
+    ("dqn", "if gradient.stride() != parameter.stride():", "if False:"),
+    ("sac", "if gradient.stride() != parameter.stride():", "if False:"),
+)
+def test_step_behind_a_cnn_sees(request, name, old, new):
+    fails_with_a_bug(request, test_gradient_step, name, old, new, env="Image", max_grad_norm=0.05)
 
 
 # What is logged and evaluated

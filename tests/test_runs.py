@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import importlib
+import inspect
 import json
 import math
 import os
@@ -19,7 +20,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import MODULES, make_args, spy
+from conftest import MODULES, spy
 from gymnasium.spaces import Box, Discrete
 from launch import flags, tiny
 from runs import (
@@ -53,7 +54,6 @@ ENVIRONMENTS = ["CartPole-v1", "Pendulum-v1", "LunarLander-v3", "HalfCheetah-v5"
     "Acrobot-v1"]  # fmt: skip
 
 each_compiled = each([module for module in MODULES if hasattr(module.Args, "compile")])
-each_annealed = each([module for module in MODULES if hasattr(module.Args, "anneal_lr")])
 
 
 def fingerprint(folder: Path) -> str:
@@ -484,6 +484,7 @@ def test_all_parts_are_saved(module, prepare):
     """A target network or an optimizer that a resumed run begins anew: train() has made it, but Run does not get it."""
     found = prepare(module)
     made = [name for name, value in found.items() if isinstance(value, torch.nn.Module | torch.optim.Optimizer)]
+    made = [name for name in made if name != "old_agent"]  # it becomes a copy of the agent in each iteration
     assert {"agent"} < set(made)
     assert {name: id(found[name]) for name in made} == {name: id(part) for name, part in found["parts"].items()}
 
@@ -533,36 +534,13 @@ def gradient_steps(module, family: dict) -> int:
 
 @each_compiled
 def test_long_runs_are_compiled(module):
-    """A family of more than 20,000 gradient steps that is not compiled, or a short one that is; images gain nothing."""
-    for name, family in dict(module.FAMILIES, Args={}).items():
-        images = any(word.endswith("/") for word in name.split())
-        if name not in ("Discrete-states", "Box-actions"):
-            compiled = family.get("compile", module.Args.compile)
-            assert compiled == (gradient_steps(module, family) > 20_000 and not images), name
-
-
-@pytest.mark.parametrize("compiler", [True, False])
-def test_where_nothing_can_be_compiled_training_goes_on(tmp_path, compiler):
-    """A long run that fails on a machine without a compiler, or that is slow there without a word or on any machine."""
-    module = script("ppo_clip")
-    none = dict(PATH="", CXX=None, TORCHINDUCTOR_CACHE_DIR=str(tmp_path))  # an old cache would need no compiler
-    given = line(module, "--compile", run_dir="run", total_timesteps=64)
-    done = start(module, tmp_path, *given, environ={} if compiler else none).wait()
-    assert (done.rc, "finds no compiler" in done.out) == (0, not compiler), done.err
-    assert (tmp_path / "run" / "result.json").exists()
-
-
-@each_compiled
-def test_a_compiled_step_can_be_compiled_again(module, tmp_path, monkeypatch):
-    """As for a batch of 1 row, or of as many as an observation has numbers: torch 2.13 fails if theta became a view."""
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-    monkeypatch.setattr(envs.Tagged, "instances", [])
-    env_id = "test/TaggedBox-v0" if hasattr(module.Args, "tau") else "test/Tagged-v0"
-    given = dict(num_envs=1, num_steps=4, num_minibatches=2, update_epochs=1, total_timesteps=48, learning_starts=20)
-    module.train(make_args(module, tmp_path, env_id=env_id, compile=True, **given))
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > (not hasattr(module, "ReplayBuffer"))
+    """A family of many gradient steps that is not compiled, or one of few that is; with images nothing is gained."""
+    for name, family in module.FAMILIES.items():
+        compiled = family.get("compile", module.Args.compile)
+        if name.endswith("/") or gradient_steps(module, family) < 10_000:
+            assert not compiled, name
+        elif gradient_steps(module, family) > 25_000:
+            assert compiled, name
 
 
 @each_module
@@ -696,31 +674,17 @@ def test_the_checkpoint_holds_all_that_learns(module, tmp_path, monkeypatch):
     assert {"agent"} < parts.keys()
 
 
-@each_annealed
+@each([module for module in MODULES if hasattr(module.Args, "anneal_lr") and not hasattr(module, "ReplayBuffer")])
 def test_schedules_go_on_in_a_resumed_run(module, tmp_path, monkeypatch):
-    """A step size or an epsilon that begins anew: the run is cut after 128 of 256 steps."""
+    """A step size that begins anew: the run is cut after 128 of 256 steps."""
     rates = []
     spy(monkeypatch, module, "descend", before=lambda optimizer, _: rates.append(optimizer.param_groups[0]["lr"]))
-    given = dict(
-        start_e=1.0, end_e=0.0, exploration_fraction=1.0, anneal_lr=True, learning_rate=0.01, train_frequency=1,
-        horizon=16,
-    )  # fmt: skip
-    cut(monkeypatch, module, 128, tmp_path / "run", checkpoint_every=64, **given)
-    before = list(rates)
-    rates.clear()
+    cut(monkeypatch, module, 128, tmp_path / "run", checkpoint_every=64, anneal_lr=True, learning_rate=0.01, horizon=16)
+    last = rates[-1]
     resume(module, tmp_path / "run")
-    if hasattr(module, "ReplayBuffer"):  # it fills its buffer again, so that the next 32 steps have no gradient
-        assert before == pytest.approx([0.01 * (1 - t / 256) for t in range(32, 128, 2) for _ in range(2)])
-        assert rates == pytest.approx([0.01 * (1 - t / 256) for t in range(160, 256, 2) for _ in range(2)])
-        assert steps(tmp_path / "run") == [64, 128, 192, 256]
-    else:
-        starts = [0, *steps(tmp_path / "run")[:-1]]
-        expected = [0.01 * (1 - step / 256) for step in starts]
-        assert list(dict.fromkeys(before + rates)) == pytest.approx(expected)
-        assert before[-1] > rates[0]
-    if hasattr(module.Args, "end_e"):
-        epsilons = [row["epsilon"] for row in metrics(tmp_path / "run")]
-        assert epsilons == pytest.approx([1 - (t - 2) / 256 for t in (64, 128, 192, 256)])
+    starts = [0, *steps(tmp_path / "run")[:-1]]
+    assert list(dict.fromkeys(rates)) == pytest.approx([0.01 * (1 - step / 256) for step in starts])
+    assert last > rates[-1]
 
 
 @each_module
@@ -752,6 +716,8 @@ def test_when_checkpoints_are_written(module, tmp_path, monkeypatch):
 @each_back
 def test_an_evaluation_without_end_is_cut(module, tmp_path, monkeypatch, capsys):
     """A policy that keeps an episode going for ever, in an environment that does not mind: result and line say so."""
+    default = inspect.signature(module.evaluate).parameters["max_steps"].default
+    assert default == 27_000, "Atari's own limit: 108,000 frames, of which each fourth is a step"
     monkeypatch.setattr(module, "evaluate", functools.partial(module.evaluate, max_steps=50))
     kwargs = json.dumps(dict(length=10**9))
     written = module.train(arguments(module, tmp_path / "run", env_id=environment(module, "Paid"), env_kwargs=kwargs))
@@ -819,7 +785,7 @@ def test_smoke(module, env_id, tmp_path, monkeypatch, recwarn):
 
     family = module.parse_args(["--env-id", env_id])
     episodes = 1 if env_id.startswith(("ALE", "Half")) else 2
-    settings = tiny(module, total_timesteps=128, run_dir=str(tmp_path / "run"), eval_episodes=episodes)
+    settings = tiny(module, total_timesteps=128, run_dir=tmp_path / "run", eval_episodes=episodes, policy_step=0.01)
     args = module.parse_args(["--env-id", env_id, *flags(settings)])
     untouched = {name: value for name, value in vars(family).items() if name not in settings}
     assert untouched.items() <= vars(args).items(), "a flag changed what it does not name"
