@@ -186,7 +186,7 @@ def fisher_vector_product(agent: Agent, obs: Tensor, damping: float) -> Callable
     with torch.no_grad():
         old = agent.policy(agent.encoder(obs))
     policy = agent.policy(agent.encoder(obs))  # the same, but as a function of theta
-    kl = kl_divergence(old, policy).mean()
+    kl = mean_kl(old, policy)
     gradient = flat_gradient(kl, parameters, create_graph=True)
 
     def product(v: Tensor) -> Tensor:
@@ -238,7 +238,7 @@ def natural_gradient_step(agent: Agent, batch: dict[str, Tensor], alpha: float, 
 
     with torch.no_grad():
         new = agent.policy(agent.encoder(obs))
-        kl = kl_divergence(old, new).mean()
+        kl = mean_kl(old, new)
         gain = surrogate(old, new, batch) - batch["advantages"].mean()
     return dict(entropy=old.entropy().mean(), approx_kl=kl, surrogate_gain=gain)
 
@@ -473,6 +473,13 @@ def mlp(sizes: list[int], activation: type[nn.Module]) -> nn.Sequential:
         layers.append(nn.Linear(n_in, n_out))
         layers.append(activation())
     return nn.Sequential(*layers[:-1])
+
+
+def mean_kl(old: Distribution, new: Distribution) -> Tensor:
+    """E[KL(old || new)] () over the states of a batch."""
+    if isinstance(old, Categorical):  # kl_divergence() would be infinite where a probability underflows to 0
+        return F.kl_div(new.logits, old.logits, reduction="batchmean", log_target=True)
+    return kl_divergence(old, new).mean()
 
 
 def gradients_of(

@@ -170,7 +170,7 @@ def trpo_loss(agent: Agent, old_agent: Agent, batch: dict[str, Tensor], args: Ar
     old_policy, _ = old_agent(batch["obs"])  # old_agent is frozen: no gradient goes there
     ratio = (policy.log_prob(batch["actions"]) - old_policy.log_prob(batch["actions"])).exp()
     policy_loss = -(ratio * batch["advantages"]).mean()  # eq. 14
-    penalty = agent.multiplier * (kl_divergence(old_policy, policy).mean() - args.target_kl)
+    penalty = agent.multiplier * (mean_kl(old_policy, policy) - args.target_kl)
     value_loss = F.mse_loss(values, batch["returns"])
     entropy = policy.entropy().mean()
     loss = policy_loss + penalty + args.vf_coef * value_loss - args.ent_coef * entropy
@@ -202,7 +202,7 @@ def train(args: Args) -> dict:
     first_iteration = run.step // (N * T)
     obs, _ = envs.reset(seed=env_seed(args.seed, first_iteration * N))
     policy, _ = agent(to_tensor(obs, device))
-    kl_divergence(policy, policy)  # PyTorch looks up the formula at the first call, which must not be a compiled one
+    mean_kl(policy, policy)  # PyTorch looks up the formula at the first call, which must not be a compiled one
     done = np.zeros(N, bool)
     score = np.zeros(N)  # return so far of the running episodes
     discounted = np.zeros(N)  # the same, discounted, of the rewards that are learned from
@@ -261,7 +261,7 @@ def train(args: Args) -> dict:
         with torch.no_grad():
             policy, _ = agent(batch["obs"])
             old_policy, _ = old_agent(batch["obs"])
-            kl = kl_divergence(old_policy, policy).mean()
+            kl = mean_kl(old_policy, policy)
         history.append(dict(approx_kl=kl, multiplier=agent.multiplier))
         agent.multiplier = dual_step(agent.multiplier, kl, args.target_kl, args.multiplier_lr)
         if isinstance(agent.encoder, RunningNorm):
@@ -416,6 +416,13 @@ def mlp(sizes: list[int], activation: type[nn.Module]) -> nn.Sequential:
         layers.append(nn.Linear(n_in, n_out))
         layers.append(activation())
     return nn.Sequential(*layers[:-1])
+
+
+def mean_kl(old: Distribution, new: Distribution) -> Tensor:
+    """E[KL(old || new)] () over the states of a batch."""
+    if isinstance(old, Categorical):  # kl_divergence() would be infinite where a probability underflows to 0
+        return F.kl_div(new.logits, old.logits, reduction="batchmean", log_target=True)
+    return kl_divergence(old, new).mean()
 
 
 def gradients_of(

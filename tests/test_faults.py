@@ -96,9 +96,12 @@ def main(monkeypatch):
 @pytest.mark.parametrize("where", ["init", "reset", "step"])
 @pytest.mark.parametrize(
     "error",
-    [ValueError("mine"), OSError("mine"), TypeError("mine"), RuntimeError("mine"), KeyError("mine")],
+    [
+        ValueError("mine"), OSError("mine"), TypeError("mine() got an unexpected keyword argument"),
+        RuntimeError("mine"), KeyError("mine"),
+    ],
     ids=lambda error: type(error).__name__,
-)
+)  # fmt: skip
 @each_back
 def test_an_error_in_an_environment_is_no_refusal(module, where, error, main, tmp_path):
     """A user's own ValueError or OSError that ends in one sentence, without the line where it comes from."""

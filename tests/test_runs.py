@@ -785,7 +785,7 @@ def test_smoke(module, env_id, tmp_path, monkeypatch, recwarn):
 
     family = module.parse_args(["--env-id", env_id])
     episodes = 1 if env_id.startswith(("ALE", "Half")) else 2
-    settings = tiny(module, total_timesteps=128, run_dir=tmp_path / "run", eval_episodes=episodes, policy_step=0.01)
+    settings = tiny(module, total_timesteps=128, run_dir=tmp_path / "run", eval_episodes=episodes)
     args = module.parse_args(["--env-id", env_id, *flags(settings)])
     untouched = {name: value for name, value in vars(family).items() if name not in settings}
     assert untouched.items() <= vars(args).items(), "a flag changed what it does not name"
