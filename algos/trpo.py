@@ -50,7 +50,7 @@ import tyro
 from gymnasium.spaces import Box, Dict, Discrete, Space, Text, Tuple
 from torch import Tensor
 from torch.distributions import Categorical, Distribution, Independent, Normal, kl_divergence
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch.nn.utils import parameters_to_vector
 from tqdm import tqdm
 
 
@@ -180,6 +180,14 @@ def flat_gradient(y: Tensor, parameters: list[nn.Parameter], **options: bool) ->
     return torch.cat([gradient.flatten() for gradient in gradients])
 
 
+@torch.no_grad()
+def copy_to_parameters(vector: Tensor, parameters: list[nn.Parameter]) -> None:
+    """The numbers of a vector (P,) into the parameters, which stay tensors of their own."""
+    sizes = [parameter.numel() for parameter in parameters]
+    for parameter, part in zip(parameters, vector.split(sizes)):
+        parameter.copy_(part.view_as(parameter))
+
+
 def fisher_vector_product(agent: Agent, obs: Tensor, damping: float) -> Callable[[Tensor], Tensor]:
     """The map v -> (F + damping I) v of vectors (P,), with the Fisher matrix F (P, P) of the policy in states (B, ...).
 
@@ -246,14 +254,14 @@ def trust_region_step(agent: Agent, batch: dict[str, Tensor], args: Args) -> dic
     with torch.no_grad():
         for attempt in range(args.line_search_steps):
             fraction = 0.8**attempt
-            vector_to_parameters(theta + fraction * full_step, parameters)
+            copy_to_parameters(theta + fraction * full_step, parameters)
             new = agent.policy(agent.encoder(obs))
             kl = mean_kl(old, new)
             gain = surrogate(old, new, batch) - batch["advantages"].mean()
             if kl <= args.target_kl and gain > 0:  # not if they are NaN, as they are without curvature
                 break
         else:
-            vector_to_parameters(theta, parameters)
+            copy_to_parameters(theta, parameters)
             fraction = 0.0
             kl = torch.zeros(())
             gain = torch.zeros(())
@@ -584,7 +592,7 @@ def check_ranges(args: Args, minimum: dict[str, float], maximum: dict[str, float
         if isinstance(value, bool | str):
             continue
         low = minimum.get(field.name, 1 if field.type is int else 0)
-        high = maximum.get(field.name, math.inf)
+        high = maximum.get(field.name, 2**62 if field.type is int else math.inf)
         if not low <= value <= high:
             raise Refusal(f"{field.name} must lie in [{low}, {high}], but is {value}")
 
@@ -602,23 +610,28 @@ def pick_device(name: str, obs_space: Space) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if is_image(obs_space) and torch.cuda.is_available() else "cpu")
     try:
-        torch.empty(0, device=name)
+        device = torch.device(name)
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError("not supported")
+        torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise Refusal(f"device {name} is not available on this machine") from error
-    return torch.device(name)
+    return device
 
 
 def env_seed(seed: int, offset: int = 0) -> int:
     """Each run has a million seeds; environment i of a vector takes the i-th after this one, so no two share any."""
-    return 1_000_000 * seed + offset
+    return (1_000_000 * seed + offset) % (2**31 - 1)  # ALE takes no larger one
 
 
 def make_envs(env_id: str, num_envs: int, env_kwargs: str = "", render: bool = False) -> gym.vector.VectorEnv:
     """Environments side by side, in autoreset mode NEXT_STEP; raises Refusal for what we cannot learn in."""
     try:
-        kwargs = dict(json.loads(env_kwargs or "{}"))
-    except (ValueError, TypeError) as error:
-        raise Refusal(f"env_kwargs {env_kwargs!r} is no JSON object: {error}") from error
+        kwargs = json.loads(env_kwargs or "{}")
+    except ValueError as error:
+        raise Refusal(f"env_kwargs {env_kwargs!r} is no JSON: {error}") from error
+    if not isinstance(kwargs, dict):
+        raise Refusal(f"env_kwargs {env_kwargs!r} is no JSON object")
     options = dict(render_mode="rgb_array", vectorization_mode="sync") if render else {}
     if render and sys.platform == "linux" and not os.environ.get("DISPLAY"):
         os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a screen
@@ -634,10 +647,12 @@ def make_envs(env_id: str, num_envs: int, env_kwargs: str = "", render: bool = F
     except (gym.error.Error, ModuleNotFoundError) as error:
         raise Refusal(f"{env_id} cannot be made: {error}") from error
     except TypeError as error:
-        if kwargs and "unexpected keyword argument" in str(error):
+        if (kwargs or render) and "argument" in str(error):
             raise Refusal(f"{env_id} cannot be made: {error}") from error
         raise
 
+    if render and not env_id.startswith("ALE/") and "rgb_array" not in envs.metadata.get("render_modes", []):
+        raise Refusal(f"{env_id} cannot be filmed: it has no render mode rgb_array")
     space = envs.single_observation_space
     mode = envs.metadata.get("autoreset_mode")
     if mode != gym.vector.AutoresetMode.NEXT_STEP:
@@ -731,6 +746,7 @@ class Run:
         try:
             if self.args.capture_video:
                 importlib.import_module("moviepy")
+                make_envs(self.args.env_id, 1, self.args.env_kwargs, render=True).close()
             if self.args.track:
                 self.wandb = importlib.import_module("wandb")
         except ModuleNotFoundError as error:
@@ -763,17 +779,21 @@ class Run:
             episodic_return=sum(episodes) / len(episodes) if episodes else None,
             **metrics,
         )
-        print(json.dumps(line), file=self.file, flush=True)
+        try:
+            print(json.dumps(line), file=self.file, flush=True)
+        except OSError as error:
+            self.fail(f"{self.file.name} could not be written ({error})")
         if self.wandb:
             self.wandb.log(line, step=step)
         self.last_returns = (self.last_returns + episodes)[-100:]
         self.episode_returns = []
         self.show_progress(step)
         checkpoint_due = step // self.args.checkpoint_every > self.step // self.args.checkpoint_every
+        stopping = Run.stop_signal != 0  # asked once: a signal that comes now waits for the next line
         self.step = step
-        if checkpoint_due or Run.stop_signal:
+        if checkpoint_due or stopping:
             self.save()
-        if Run.stop_signal:
+        if stopping:
             self.bar.close()
             raise KeyboardInterrupt
 
@@ -793,9 +813,10 @@ class Run:
         raise Refusal(f"{reason}; {self.saved}")
 
     def save(self) -> None:
-        """Write the checkpoint, unless a weight is not finite: then the last good one stays and Refusal is raised."""
+        """Write the checkpoint, unless a number is not finite: then the last good one stays and Refusal is raised."""
         for part in self.parts.values():
-            if isinstance(part, nn.Module) and not all(weight.isfinite().all() for weight in part.parameters()):
+            numbers = part.state_dict().values() if isinstance(part, nn.Module) else []
+            if not all(x.isfinite().all() for x in numbers if x.is_floating_point()):
                 self.fail(f"training diverged before step {self.step}")
         checkpoint = {name: part.state_dict() for name, part in self.parts.items()}
         checkpoint |= dict(args=asdict(self.args) | dict(algo=self.algo), log_size=self.file.tell())
@@ -810,7 +831,12 @@ class Run:
         try:
             saved = torch.load(path, map_location="cpu")
             for name in ("step", "wall_time", "last_returns", "log_size", "wandb_id"):
+                if not isinstance(saved[name], type(getattr(self, name))):
+                    raise TypeError(f"{name} is {saved[name]}")
                 setattr(self, name, saved[name])
+            for name in ("args", *self.parts):
+                if not isinstance(saved[name], dict):
+                    raise TypeError(f"{name} is {saved[name]}")
             states = {name: saved[name] for name in self.parts}
             before = saved["args"]
         except Exception as error:  # what is raised depends on where the file is damaged
@@ -822,8 +848,9 @@ class Run:
                 raise Refusal(f"{self.dir} holds a run with {name} {before.get(name)!r}, which cannot change")
         if now["total_timesteps"] < self.step:
             raise Refusal(f"{self.dir} has {self.step} steps already, more than total_timesteps")
-        if now["total_timesteps"] != before["total_timesteps"]:
-            print(f"what was to fall until step {before['total_timesteps']} now falls until {now['total_timesteps']}")
+        planned = before.get("total_timesteps")
+        if now["total_timesteps"] != planned:
+            print(f"what was to fall until step {planned} now falls until step {now['total_timesteps']}")
         try:
             for name, part in self.parts.items():
                 state = states[name]
@@ -867,9 +894,10 @@ def write_aside(path: Path, write: Callable[[BinaryIO], object]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
         aside.unlink(missing_ok=True)
-        raise Refusal(f"{path} could not be written ({error}); {Run.saved}") from error
+        reason = error if isinstance(error, OSError) else error.__context__  # torch.save hides the fault of the disk
+        raise Refusal(f"{path} could not be written ({reason}); {Run.saved}") from error
 
 
 def evaluate(agent: nn.Module, args: Args, folder: Path, max_steps: int = 27_000) -> dict:
@@ -910,6 +938,8 @@ def frame(envs: gym.vector.VectorEnv, obs: np.ndarray) -> np.ndarray:
 
 def find_family(env_id: str, env_kwargs: str) -> str:
     """The first family that names the environment or its namespace, else the kind of its spaces; "" for none."""
+    if env_id.count(":") > 1:
+        raise Refusal(f"{env_id} is no id of an environment")
     try:
         namespace, name, _ = gym.envs.registration.parse_env_id(env_id.split(":")[-1])
     except gym.error.Error as error:
@@ -929,9 +959,9 @@ def find_family(env_id: str, env_kwargs: str) -> str:
 def parse_args(argv: list[str] | None = None) -> Args:
     """Flags over the defaults of the environment's family or, with --resume, over the arguments of that run."""
     first_look = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first_look.add_argument("--env-id", "--env_id", default=Args.env_id)
-    first_look.add_argument("--env-kwargs", "--env_kwargs", default=Args.env_kwargs)
-    first_look.add_argument("--resume", default="")
+    first_look.add_argument("--env-id", "--env_id", nargs="?", const=Args.env_id, default=Args.env_id)
+    first_look.add_argument("--env-kwargs", "--env_kwargs", nargs="?", const="", default="")
+    first_look.add_argument("--resume", nargs="?", const="", default="")
     given, _ = first_look.parse_known_args(argv)
     if given.resume:
         defaults = read_config(Path(given.resume))
@@ -951,8 +981,10 @@ def read_config(folder: Path) -> dict:
     try:
         config = json.loads(path.read_text())
         arguments = {field.name: config[field.name] for field in fields(Args)}
-        if not all(isinstance(value, str | int | float) for value in arguments.values()):
-            raise TypeError("a value is neither text nor number")
+        for name, value in arguments.items():
+            kind = type(getattr(Args, name))
+            if not isinstance(value, int | float if kind is float else kind):
+                raise TypeError(f"{name} is {value}")
     except FileNotFoundError as error:
         raise Refusal(f"{folder} holds no run to resume") from error
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -59,6 +59,14 @@ def make_agents(module, obs_space=VECTOR, **given):
     return *agents, args
 
 
+@torch.no_grad()
+def answer_always(actor, outputs):
+    """Let the last layer of an actor give these numbers, whatever the observation."""
+    last = [layer for layer in actor.modules() if isinstance(layer, torch.nn.Linear)][-1]
+    last.weight.zero_()
+    last.bias.copy_(torch.tensor(outputs[: len(last.bias)]))
+
+
 def make_batch(module, rows=64):
     """A batch as the losses get it."""
     batch = dict(

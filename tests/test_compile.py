@@ -118,7 +118,7 @@ def test_gradients_that_never_come_are_seen(monkeypatch, tmp_path):
             "optimizer.zero_grad()\n        value.backward()\n        gradients = [value.detach()]",
         ),
         ("return dict(zip(parameters, gradients)), metrics", "return {p: p.grad for p in parameters}, metrics"),
-        ("parameter.grad = gradient", "pass"),
+        ("for parameter, gradient in gradients.items():", "for parameter, gradient in ():"),
     )
     with pytest.raises(AssertionError, match="not close"):
         check_equality(module, tmp_path, max_grad_norm=math.inf)

@@ -650,7 +650,7 @@ def test_a_run_without_a_config(module, tmp_path):
         (test_a_run_that_has_ended_lets_others_in, {}, "ppo_clip", "self.lock.release()", "Run.held = self.lock"),
         (
             test_the_first_signal_saves_and_stops, dict(number=signal.SIGINT),
-            "td3", "if checkpoint_due or Run.stop_signal:", "if checkpoint_due:",
+            "td3", "if checkpoint_due or stopping:", "if checkpoint_due:",
         ),
         (
             test_the_first_signal_saves_and_stops, dict(number=signal.SIGTERM),

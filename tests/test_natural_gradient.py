@@ -559,7 +559,7 @@ def test_rejected_steps_restore_the_weights(module, monkeypatch, space, reason):
     assert metrics["entropy"].isfinite()
 
 
-RESTORE = "            vector_to_parameters(theta, parameters)\n            fraction"
+RESTORE = "            copy_to_parameters(theta, parameters)\n            fraction"
 
 
 @bugs(

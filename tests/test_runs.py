@@ -613,7 +613,7 @@ def test_resuming_with_more_steps_trains_on(copy, finished, capsys):
     assert (again["total_timesteps"], again["trained_steps"]) == (512, 512)
     assert again == result(folder)
     assert config(folder)["total_timesteps"] == checkpoint(folder)["args"]["total_timesteps"] == 512
-    assert "what was to fall until step 256 now falls until 512" in capsys.readouterr().out
+    assert "what was to fall until step 256 now falls until step 512" in capsys.readouterr().out
     assert metrics(folder)[: len(before)] == before
     assert_schedule(module, steps(folder), 512)
     assert not equal(parameters(folder), parameters(finished[1]))

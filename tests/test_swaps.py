@@ -4,6 +4,7 @@ Each test trains for a moment with one of these changed and looks at every actio
 follow the policy that the loss sees, and each gradient must reach its own parameter.
 """
 
+import functools
 import math
 
 import envs
@@ -12,7 +13,8 @@ import pytest
 import torch
 import torch.nn as nn
 from conftest import MODULES, make_args
-from runs import each, is_continuous, name_of, planted, script
+from gymnasium.spaces import Box
+from runs import each, each_back, is_continuous, name_of, planted, script
 
 ROWS = 20_000  # independent draws, to compare frequencies
 DISCRETE = "test/Tagged-v0"
@@ -324,6 +326,38 @@ def test_what_acts_sees(name, swap, env_id, changes, monkeypatch, tmp_path):
     module = plant(name, changes, tmp_path)
     with pytest.raises((AssertionError, RuntimeError)):  # two number formats in one product are an error of PyTorch
         check_swap(module, swap, env_id, monkeypatch, tmp_path)
+
+
+# Images
+
+
+def check_images(module, compiled):
+    """The first step of Adam moves each weight by the step size, against the sign of its own gradient."""
+    args = module.Args(compile=compiled)
+    encoder, _ = module.make_encoder(Box(0, 255, (2, 36, 36), np.uint8))
+    parameters = list(encoder.parameters())
+    gradients_of_square = module.gradients_of(lambda x: (encoder(x).square().sum(), {}), parameters, args)
+    gradients, _ = gradients_of_square(torch.randint(256, (4, 2, 36, 36), dtype=torch.uint8))
+    before = {parameter: parameter.detach().clone() for parameter in parameters}
+    expected = {parameter: -0.1 * gradient / (gradient.abs() + 1e-3) for parameter, gradient in gradients.items()}
+    optimizer = torch.optim.Adam(parameters, lr=0.1, eps=1e-3, fused=True)
+    module.descend(optimizer, gradients)
+    for parameter in parameters:
+        torch.testing.assert_close(parameter - before[parameter], expected[parameter], atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@each_back
+def test_gradients_behind_images(module, compiled, monkeypatch):
+    """Numbers of a gradient that lie in another order than those of the parameter: a fused optimizer mixes them up."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    check_images(module, compiled)
+
+
+def test_gradients_behind_images_see(tmp_path):
+    module = plant("ppo_clip", [("if gradient.stride() != parameter.stride():", "if False:")], tmp_path)
+    with pytest.raises(AssertionError):
+        check_images(module, False)
 
 
 # Targets
