@@ -48,7 +48,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
-from gymnasium.spaces import Box, Dict, Discrete, Space, Text, Tuple
+from gymnasium.spaces import Box, Dict, Discrete, OneOf, Space, Text, Tuple
 from torch import Tensor
 from tqdm import tqdm
 
@@ -253,7 +253,10 @@ def is_image(space: Space) -> bool:
         return False
     if len(space.shape) == 2:
         return space.dtype == np.uint8 and min(space.shape) >= 36
-    return len(space.shape) == 3 and sorted(space.shape)[1] >= 3  # both sides have room for a 3x3 filter
+    if len(space.shape) != 3:
+        return False
+    sides = space.shape[1:] if space.shape[0] < space.shape[-1] else space.shape[:-1]
+    return min(sides) >= 3  # room for a 3x3 filter
 
 
 def is_vector(space: Space) -> bool:
@@ -305,7 +308,7 @@ class OneHot(ToFloat):
         self.n = int(space.n)
 
     def forward(self, obs: Tensor) -> Tensor:
-        return super().forward(F.one_hot(obs - self.start, self.n))
+        return super().forward(F.one_hot(obs.long() - self.start, self.n))
 
 
 class ImageToFloat(ToFloat):
@@ -562,8 +565,8 @@ def is_flattenable(space: Space) -> bool:
     """Whether a vector of numbers can stand for the space; text has numbers too, but they mean nothing."""
     if isinstance(space, Dict):
         return all(is_flattenable(part) for part in space.values())
-    if isinstance(space, Tuple):
-        return all(is_flattenable(part) for part in space)
+    if isinstance(space, Tuple | OneOf):
+        return all(is_flattenable(part) for part in space.spaces)
     return space.is_np_flattenable and not isinstance(space, Text)
 
 

@@ -13,7 +13,7 @@ def learn(module, monkeypatch, folder, name, **given):
     plain |= dict(update_epochs=4, num_minibatches=2, gamma=0.9, eval_episodes=20, anneal_lr=True)
     settings = plain | given
     agents = []
-    settings["total_timesteps"] *= 1 if hasattr(module.Args, "update_epochs") else 8  # one gradient step per batch
+    settings["total_timesteps"] *= 1 if hasattr(module.Args, "update_epochs") else 4  # one gradient step per batch
     settings["total_timesteps"] *= 2 if hasattr(module.Args, "line_search_steps") else 1  # steps of bounded length
     spy(monkeypatch, module, "evaluate", before=lambda agent, *_: agents.append(agent))
     result = module.train(make_args(module, folder, **settings))
@@ -98,7 +98,10 @@ def test_both_ends_at_once_are_a_termination(module, monkeypatch, tmp_path):
 def test_bounds_of_each_dimension_and_side(module, monkeypatch, tmp_path):
     """One bound for all dimensions, symmetric bounds, a bias added twice, actions outside the space."""
     monkeypatch.setattr(envs.Bounds, "actions", [])
-    agent, mean = learn(module, monkeypatch, tmp_path, "Bounds", total_timesteps=8192, num_steps=64)
+    given = dict(log_std_init=-0.7)  # with a wide policy, a mean beyond the bounds is the best
+    if not hasattr(module.Args, "update_epochs"):
+        given |= dict(learning_rate=3e-3, total_timesteps=8192)  # the first steps of RMSprop are ten times as long
+    agent, mean = learn(module, monkeypatch, tmp_path, "Bounds", **given)
     space = envs.Bounds.action_space
     actions = np.stack(envs.Bounds.actions)
     assert all(map(space.contains, envs.Bounds.actions))
@@ -106,7 +109,7 @@ def test_bounds_of_each_dimension_and_side(module, monkeypatch, tmp_path):
     assert (actions == space.high).any(0).all()  # that no action was clipped to less than them
     chosen = module.action_map(space)(agent.act(np.ones((1, 1), np.float32), greedy=True))
     assert chosen[0].tolist() == near(envs.Bounds.optimum.tolist(), 0.25)
-    assert mean == near(0, 0.08)
+    assert mean == near(0)
 
 
 @on_policy
