@@ -192,7 +192,7 @@ def test_images_and_numbers(module):
 @bugs(
     ("dqn", "self.scale = 255 if", "self.scale = 1 if"),
     ("dqn", "x = x.movedim(-1, 1)", "x = x"),
-    ("dqn", "obs - self.start", "obs % self.n"),
+    ("dqn", "obs.long() - self.start", "obs.long() % self.n"),
 )
 def test_images_see(request, name, old, new):
     fails_with_a_bug(request, test_images_and_numbers, name, old, new)
