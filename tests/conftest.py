@@ -19,6 +19,8 @@ def pytest_configure(config):
 def _as_in_a_new_process():
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    for module in MODULES:
+        module.can_compile.cache_clear()
     yield
     torch.set_float32_matmul_precision("highest")  # after the test, for fixtures of a module come before this one
 
