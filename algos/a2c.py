@@ -14,8 +14,7 @@ actor_critic.py: the advantage r + gamma V(s') - V(s), over several steps.
 A is estimated by GAE(lambda), of which lambda = 1 is the estimate of the paper, and R = A + V. No gradient flows
 through A and R.
 
-    python algos/a2c.py --env-id CartPole-v1       # 500 after 100,000 steps
-    python algos/a2c.py --env-id HalfCheetah-v5    # 2,100 after 1M steps
+    python algos/a2c.py --env-id CartPole-v1    # 500 after 100,000 steps
 
 Not in the paper: rewards, advantages and (on MuJoCo) observations are normalised, layers start orthogonal, and actions
 in [-1, 1] are scaled to the bounds of the environment. RMSprop's eps stands outside the root in PyTorch, sqrt(v) + eps,

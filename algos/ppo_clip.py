@@ -13,7 +13,7 @@ epochs of minibatches.
 
 A is estimated by GAE(lambda) under the old policy, and R = A + V_old.
 
-    python algos/ppo_clip.py --env-id CartPole-v1       # 500 after 100,000 steps, in 6 seconds
+    python algos/ppo_clip.py --env-id CartPole-v1       # 500 after 100,000 steps
     python algos/ppo_clip.py --env-id HalfCheetah-v5    # 6,000 after 1M steps
 
 Not in the paper: rewards, advantages and (on MuJoCo) observations are normalised, gradients are clipped, layers start
