@@ -128,7 +128,7 @@ def linear_schedule(start: float, end: float, duration: float, t: float) -> floa
     return start + (end - start) * t / duration if t < duration else end
 
 
-def td_target(rewards: Tensor, terminated: Tensor, next_values: Tensor, gamma: float) -> Tensor:
+def td_target(rewards: Tensor, terminated: Tensor, next_values: Tensor, gamma: float | Tensor) -> Tensor:
     """y (B,) from rewards, terminated and values of the next states (B,); truncation does not stop the bootstrap."""
     return rewards + gamma * ~terminated * next_values
 
@@ -386,8 +386,8 @@ class ReplayBuffer(nn.Module):
         self.t += 1
         self.obs[int(self.t) % self.num_rows] = next_obs
 
-    def sample(self, batch_size: int, device: torch.device) -> dict[str, Tensor]:
-        """Transitions (batch_size, ...), drawn uniformly and with replacement."""
+    def draw(self, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+        """Rows and environments (batch_size,) of transitions, drawn uniformly and with replacement."""
         newest = int(self.t)
         oldest = max(0, newest - self.num_rows + 1)
         places = np.zeros((0, 2), np.int64)  # row and environment
@@ -397,6 +397,10 @@ class ReplayBuffer(nn.Module):
             valid = self.valid[rows, envs]
             places = np.concatenate([places, np.stack([rows[valid], envs[valid]], 1)])
         rows, envs = places[:batch_size].T
+        return rows, envs
+
+    def gather(self, rows: np.ndarray, envs: np.ndarray, device: torch.device) -> dict[str, Tensor]:
+        """The transitions (B, ...) at these rows and environments (B,)."""
         batch = dict(
             obs=self.obs[rows, envs],
             actions=self.actions[rows, envs],
@@ -405,6 +409,11 @@ class ReplayBuffer(nn.Module):
             next_obs=self.obs[(rows + 1) % self.num_rows, envs],
         )
         return {name: torch.from_numpy(column).to(device) for name, column in batch.items()}
+
+    def sample(self, batch_size: int, device: torch.device) -> dict[str, Tensor]:
+        """Transitions (batch_size, ...), drawn uniformly and with replacement."""
+        rows, envs = self.draw(batch_size)
+        return self.gather(rows, envs, device)
 
 
 def gradients_of(
