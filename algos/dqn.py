@@ -6,7 +6,8 @@
 # ///
 """DQN: Q-learning with a neural network, from replayed experience and with a target network.
 
-Mnih et al. 2015, doi:10.1038/nature14236. Q minimises
+Mnih et al. 2015, doi:10.1038/nature14236.
+Child of deep_sarsa.py: replay buffer, target network and a maximum over the next actions. Q minimises
 
     L = E[(r + gamma max_a' Q_target(s', a') - Q(s, a))^2]
 

@@ -179,7 +179,7 @@ class Speed:
 
     algo: str = ""  # only this script; the other measurements are kept
     env: str = ""  # only this environment
-    peers: tuple[Literal["sb3", "sbx"], ...] = ("sb3", "sbx")  # only these
+    peers: tuple[Literal["sb3", "sbx", "foliorl"], ...] = ("sb3", "sbx", "foliorl")  # only these
     peer_python: tuple[str, ...] = ()  # PEER=PYTHON: interpreter with a peer, made if not given
     against: str = ""  # a git revision: only print, against our scripts of that time
     rounds: int = 3  # runs of each side; those kept of the same script count

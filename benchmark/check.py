@@ -7,7 +7,8 @@ Holm's correction over the suspects).
 
 Counting needs no variance, so ten times 500 can be a baseline, and a seed that collapses counts once, as heavy tails
 need it. What is found is that every seed loses more than the margin or that most seeds collapse: against a constant
-baseline a collapse of 80% of the seeds in 95% of the checks, of half of them in 47%, of one in five in 2%.
+baseline a collapse of 90% of the seeds in 90% of the checks, of 80% in 79%, of half of them in 32%, of one in five in
+1%. A second seed in the first stage would find 95% instead of 79%, for twice the time.
 """
 
 import hashlib
@@ -26,9 +27,9 @@ from benchmark.run import Cell, read_result
 
 MARGIN = 0.1  # the share of the baseline that a seed may lack
 DROP = 0.2  # the share whose loss has to be found
-SUSPECT = 0.2  # level of the first stage
+SUSPECT = 0.4  # level of the first stage
 RED = 0.05  # level of the second
-SEEDS = (2, 8)  # trained in the stages, at least
+SEEDS = (1, 8)  # trained in the stages, at least
 BASELINE = 3  # seeds, without which nothing can be shown
 FIRST_SEED = (1001, 2001)  # of the stages, not among those of the baselines
 NEUTRAL_STEPS = 5000  # of the runs that compare two versions of a script
@@ -81,7 +82,7 @@ def read_rows(cells: list[Cell], kept: dict[tuple[str, str, int], list[dict]], r
     for cell in cells:
         scores = np.array([run["eval_mean"] for run in kept.get(cell.row, [])])
         if len(scores) >= BASELINE and cell.env_id in random:
-            levels = (RED, RED / len(cells))  # in the second stage even if all rows reach it
+            levels = (SUSPECT, RED / len(cells))  # the second even if all rows reach it
             seeds = [seed_count(n, level, scores, random[cell.env_id]) for n, level in zip(SEEDS, levels)]
             rows.append(Row(cell, scores, random[cell.env_id], tuple(seeds)))
     return rows
@@ -224,11 +225,7 @@ def compare(rows: list[Row], run: Run, out: Path, algos: Path) -> list[list[str]
             lines[-1] += ["", "", "", "failed"]
             continue
         difference = (scores.mean() - baseline.mean()) / abs(np.median(baseline) - random)
-        better = p_value(-scores, -baseline, -random) <= RED
         p_decisive = second if np.isfinite(second) else first
         lines[-1] += [f"{scores.mean():.1f} ({len(scores)})", f"{difference:+.1%}", f"{p_decisive:.2g}"]
-        if second <= RED:
-            lines[-1].append("WORSE")
-        else:
-            lines[-1].append("better?" if better else "ok")
+        lines[-1].append("WORSE" if second <= RED else "ok")
     return lines

@@ -28,6 +28,8 @@ def settings(kind: str, options: dict) -> dict:
     names = NAMES | (dict(update_epochs="n_critic_updates") if kind == "sb3.TRPO" else {})
     found = {names[key]: value for key, value in options.items() if key in names}
     found["policy_kwargs"] = dict(net_arch=[options["hidden_size"]] * 2)
+    if "num_quantiles" in options:
+        found["policy_kwargs"]["n_quantiles"] = options["num_quantiles"]
     if "num_minibatches" in options:
         found["batch_size"] = options["num_envs"] * options["num_steps"] // options["num_minibatches"]
     if "train_frequency" in options:
@@ -36,7 +38,7 @@ def settings(kind: str, options: dict) -> dict:
         found["normalize_advantage"] = True
     if kind == "sbx.DDPG":
         found["qf_learning_rate"] = options["learning_rate"]  # its default is a number, not that of the actor
-    if unknown := options.keys() - names - ELSEWHERE - {"hidden_size", "num_minibatches"}:
+    if unknown := options.keys() - names - ELSEWHERE - {"hidden_size", "num_minibatches", "num_quantiles"}:
         raise ValueError(f"{kind} has no counterpart of {', '.join(sorted(unknown))}")
     return found
 

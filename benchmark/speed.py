@@ -24,7 +24,9 @@ from benchmark.tasks import OURS, TASKS, Task
 
 FOLDER = Path(__file__).parent
 ALGOS = FOLDER.parent / "algos"
-PEERS = dict(sb3=("stable-baselines3", "sb3-contrib"), sbx=("sbx-rl", "jax"))  # packages, an environment for each peer
+PEERS = dict(  # packages, for which each peer has an environment of its own; a script of ours needs none
+    sb3=("stable-baselines3", "sb3-contrib"), sbx=("sbx-rl", "jax"), foliorl=()
+)
 
 
 def select(algo: str, env: str, peers: Sequence[str]) -> list[Task]:
@@ -110,6 +112,8 @@ def in_turn(label: str, ours: Callable, theirs: Callable, rounds: int, entry: di
 
 def make_peer(peer: str) -> str:
     """The interpreter of a virtual environment that holds the peer, with our versions of what both use."""
+    if not PEERS[peer]:
+        return sys.executable
     folder = FOLDER / "peers" / peer
     python = str(folder / "bin" / "python")
     if not (folder / "ready").exists():
@@ -172,7 +176,11 @@ def measure(
             if anew or any(entry.get(name) != value for name, value in what.items()):
                 entry = what | dict(ours=[], peer=[])
             ours = partial(run_ours, script, task.at(steps) | OURS)
-            peer = partial(run_peer, pythons[kind.split(".")[0]], kind, theirs)
+            library, name = kind.split(".")
+            if library == "foliorl":
+                peer = partial(run_ours, ALGOS / f"{name}.py", task.at(steps) | OURS)
+            else:
+                peer = partial(run_peer, pythons[library], kind, theirs)
             for _ in in_turn(key, ours, peer, rounds, entry):
                 found["tasks"][key] = entry
                 replace_text(path, json.dumps(found, indent=1) + "\n")
@@ -239,6 +247,8 @@ def summary(found: dict) -> str:
     groups = {"equal hyperparameters": found["versions"]} | found["peers"]
     versions = []
     for name, group in groups.items():
+        if not group:
+            continue
         packages = [f"{package} {version}" for package, version in group.items()]
         versions.append(f"{name}: {', '.join(packages)}")
     text = f"{found['cpu']}, one thread, {'; '.join(versions)}.\n\n{HEAD}\n"

@@ -15,7 +15,10 @@ SUITES = {
         ("a2c", "CartPole-v1", 150_000, "1-10", ""),
         ("reinforce", "CartPole-v1", 200_000, "1-10", ""),
         ("actor_critic", "CartPole-v1", 200_000, "1-10", ""),
-        ("dqn double_dqn dueling_dqn", "CartPole-v1", 50_000, "1-10", ""),
+        ("dqn double_dqn dueling_dqn n_step_dqn prioritized_dqn", "CartPole-v1", 50_000, "1-10", ""),
+        ("noisy_dqn c51 qr_dqn rainbow", "CartPole-v1", 50_000, "1-10", ""),
+        ("pqn", "CartPole-v1", 100_000, "1-10", ""),
+        ("deep_sarsa", "CartPole-v1", 200_000, "1-10", ""),
         ("ddpg td3 sac", "Pendulum-v1", 10_000, "1-10", ""),
     ],
     "classic": [
@@ -23,13 +26,17 @@ SUITES = {
         ("a2c npg trpo trpo_penalty ppo_kl ppo_clip", "CartPole-v1", 100_000, "1-10", ""),
         ("a2c trpo ppo_kl ppo_clip", "Acrobot-v1", 300_000, "1-10", ""),
         ("trpo ppo_clip", "Pendulum-v1", 100_000, "1-10", ""),
-        ("dqn double_dqn dueling_dqn", "CartPole-v1", 50_000, "1-10", ""),
-        ("dqn double_dqn dueling_dqn", "Acrobot-v1", 100_000, "1-10", ""),
+        ("deep_sarsa", "CartPole-v1", 200_000, "1-10", ""),
+        ("dqn double_dqn dueling_dqn n_step_dqn prioritized_dqn", "CartPole-v1", 50_000, "1-10", ""),
+        ("noisy_dqn c51 qr_dqn rainbow", "CartPole-v1", 50_000, "1-10", ""),
+        ("pqn", "CartPole-v1", 100_000, "1-10", ""),
+        ("dqn double_dqn dueling_dqn n_step_dqn c51 qr_dqn rainbow", "Acrobot-v1", 100_000, "1-10", ""),
+        ("dqn noisy_dqn qr_dqn", "MountainCar-v0", 120_000, "1-10", ""),
         ("ddpg td3 sac", "Pendulum-v1", 20_000, "1-10", ""),
     ],
     "box2d": [
         ("ppo_clip", "LunarLander-v3", 1_000_000, "1-10", ""),
-        ("double_dqn", "LunarLander-v3", 300_000, "1-5", ""),
+        ("double_dqn prioritized_dqn rainbow", "LunarLander-v3", 300_000, "1-5", ""),
     ],
     "mujoco": [
         ("a2c npg trpo ppo_clip", "HalfCheetah-v5", 1_000_000, "1-5", ""),
@@ -39,7 +46,7 @@ SUITES = {
         ("ddpg td3 sac", "HalfCheetah-v5", 100_000, "1-5", ""),
         ("td3 sac", "Hopper-v5", 1_000_000, "1", ""),
     ],
-    "minatar": [("ppo_clip dqn", "MinAtar/Breakout-v1", 1_000_000, "1-3", "")],
+    "minatar": [("ppo_clip dqn noisy_dqn qr_dqn rainbow pqn", "MinAtar/Breakout-v1", 1_000_000, "1-3", "")],
     "atari": [("ppo_clip", "ALE/Pong-v5", 1_000_000, "1-2", FIRST_MILLION)],
 }
 

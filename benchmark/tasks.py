@@ -9,7 +9,7 @@ class Task(NamedTuple):
     script: str
     env_id: str
     steps: int
-    peers: str  # classes, like sb3.PPO
+    peers: str  # classes, like sb3.PPO, or a script of ours, like foliorl.dqn
     options: dict
     extra: dict
 
@@ -34,6 +34,7 @@ REPLAY = dict(gamma=0.99, learning_starts=1000)
 DQN = REPLAY | dict(num_envs=4, learning_rate=1e-3, hidden_size=64, buffer_size=100_000, batch_size=64,
     train_frequency=4, target_network_frequency=250, start_e=1.0, end_e=0.05, exploration_fraction=0.2,
     max_grad_norm=10.0, anneal_lr=False)  # fmt: skip
+NO_EPSILON = {name: value for name, value in DQN.items() if name not in ("start_e", "end_e", "exploration_fraction")}
 SAC = REPLAY | dict(num_envs=1, learning_rate=3e-4, hidden_size=256, buffer_size=1_000_000, batch_size=256,
     train_frequency=1, tau=0.005)  # fmt: skip
 DDPG = SAC | dict(exploration_noise=0.1)
@@ -52,6 +53,15 @@ TASKS = [
     Task("trpo", "HalfCheetah-v5", 300_000, "sb3.TRPO", TRPO | KL | MUJOCO | dict(num_minibatches=16), {}),
     Task("npg", "CartPole-v1", 300_000, "sb3.TRPO", TRPO_CARTPOLE, KL),
     Task("dqn", "CartPole-v1", 500_000, "sb3.DQN", DQN, {}),
+    Task("n_step_dqn", "CartPole-v1", 100_000, "foliorl.dqn", DQN, {}),
+    Task("prioritized_dqn", "CartPole-v1", 100_000, "foliorl.dqn", DQN, {}),
+    Task("noisy_dqn", "CartPole-v1", 100_000, "foliorl.dqn", NO_EPSILON, {}),
+    Task("c51", "CartPole-v1", 100_000, "foliorl.dqn", DQN, {}),
+    Task("qr_dqn", "CartPole-v1", 100_000, "foliorl.dqn", DQN, {}),
+    Task("qr_dqn", "CartPole-v1", 100_000, "sb3.QRDQN", DQN | dict(num_quantiles=25), {}),
+    Task("rainbow", "CartPole-v1", 100_000, "foliorl.dqn", DQN, {}),
+    Task("pqn", "CartPole-v1", 500_000, "foliorl.dqn", dict(hidden_size=64, anneal_lr=False), {}),
+    Task("pqn", "MinAtar/Breakout-v1", 100_000, "foliorl.dqn", dict(anneal_lr=False), {}),
     Task("ddpg", "HalfCheetah-v5", 25_000, "sb3.DDPG sbx.DDPG", DDPG, {}),
     Task("td3", "HalfCheetah-v5", 25_000, "sb3.TD3 sbx.TD3", TD3, {}),
     Task("sac", "HalfCheetah-v5", 25_000, "sb3.SAC sbx.SAC", SAC, {}),

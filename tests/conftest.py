@@ -7,7 +7,16 @@ import pytest
 import torch
 
 SCRIPTS = sorted((Path(__file__).parents[1] / "algos").glob("*.py"))
-MODULES = [importlib.import_module(f"algos.{script.stem}") for script in SCRIPTS]
+ALL = [importlib.import_module(f"algos.{script.stem}") for script in SCRIPTS]
+
+
+def is_language(module) -> bool:
+    """Whether the script learns to write: its steps are tokens and its environment is a task of its own."""
+    return hasattr(module.Args, "max_new_tokens")
+
+
+MODULES = [module for module in ALL if not is_language(module)]  # they act in environments of Gymnasium
+LANGUAGE = [module for module in ALL if is_language(module)]
 ON_POLICY = [module for module in MODULES if hasattr(module, "compute_gae")]
 
 
@@ -19,7 +28,7 @@ def pytest_configure(config):
 def _as_in_a_new_process():
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    for module in MODULES:
+    for module in ALL:
         module.can_compile.cache_clear()
     yield
     torch.set_float32_matmul_precision("highest")  # after the test, for fixtures of a module come before this one
@@ -33,7 +42,7 @@ def on_policy(test):
 def make_args(module, folder, **given):
     """Arguments of a short plain run in a folder; those of `given` that the script does not have are left out."""
     plain = dict(run_dir=str(folder / "run"), eval_episodes=2, torch_threads=1, norm_obs=False, norm_reward=False)
-    plain |= dict(anneal_lr=False, compile=False)
+    plain |= dict(anneal_lr=False, compile=False, num_workers=1)  # of others, tests see nothing
     return module.Args(**{name: value for name, value in (plain | given).items() if hasattr(module.Args, name)})
 
 

@@ -7,11 +7,13 @@ import resource
 import runpy
 import signal
 import sys
+import time
 from pathlib import Path
 
 TINY = dict(  # settings for a run of a second; a script takes those that it has
     num_envs=2, num_steps=16, num_minibatches=2, update_epochs=1, eval_episodes=2, torch_threads=1,
-    batch_size=16, buffer_size=1000, learning_starts=32, hidden_size=16, log_every=64, compile=False,
+    batch_size=16, buffer_size=1000, learning_starts=32, hidden_size=16, log_every=64, compile=False, num_workers=1,
+    num_responses=4, max_new_tokens=6, num_demonstrations=40, sft_steps=2, num_pairs=20, rm_epochs=1, num_layers=1,
 )  # fmt: skip
 
 SERVER = multiprocessing.get_context("forkserver")
@@ -95,3 +97,19 @@ class Process:
             file.unlink()
         assert not late, f"still running after {seconds} s\n{self.out}\n{self.err}"
         return self
+
+
+def wait_until(condition, seconds: float = 30) -> None:
+    """Wait until the condition holds."""
+    end = time.time() + seconds
+    while not condition():
+        assert time.time() < end, "nothing happened"
+        time.sleep(0.01)
+
+
+def is_alive(pid: int) -> bool:
+    """Whether the process runs; one that has ended, but that nobody has waited for, does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False

@@ -9,11 +9,25 @@ import pytest
 import torch
 from conftest import MODULES, make_args
 from gymnasium.spaces import Box
-from runs import each, is_continuous
+from runs import each, is_continuous, is_distributional
+
+
+def has_noisy_layers(module) -> bool:
+    """Whether the script explores by noise on the weights of its network."""
+    return hasattr(module, "NoisyLinear")
+
 
 OFF_POLICY = [module for module in MODULES if hasattr(module, "ReplayBuffer")]
 each_off_policy = each(OFF_POLICY)
 each_q_learning = each([module for module in OFF_POLICY if not is_continuous(module)])
+each_epsilon_greedy = each([module for module in OFF_POLICY if hasattr(module, "linear_schedule")])
+each_squared_error = each(  # Q-learning of means, without noise; the rest is in test_distributional.py, test_noisy.py
+    [
+        module
+        for module in OFF_POLICY
+        if not (is_continuous(module) or is_distributional(module) or has_noisy_layers(module))
+    ]
+)
 each_continuous = each([module for module in OFF_POLICY if is_continuous(module)])
 VECTOR = Box(-np.inf, np.inf, (5,), np.float32)
 FRAMES = Box(0, 255, (2, 36, 36), np.uint8)
@@ -75,6 +89,10 @@ def make_batch(module, rows=64):
         next_obs=torch.randn(rows, 5),
         terminated=torch.rand(rows) < 0.3,
     )
+    if hasattr(module, "n_step_batch"):
+        batch["discounts"] = 0.8 ** torch.randint(1, 4, (rows,))
+    if hasattr(module, "Priorities"):
+        batch["weights"] = torch.rand(rows)
     if not is_continuous(module):
         return batch | dict(actions=torch.randint(3, (rows,)))
     actions = 2 * torch.rand(rows, 2) - 1

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import MODULES
+from conftest import ALL, MODULES
 from launch import Process, flags, tiny
 
 
@@ -32,12 +32,32 @@ each_back = each([module for module in MODULES if name_of(module) in ("ppo_clip"
 
 def script(name: str):
     """The script of this name, as a module."""
-    return next(module for module in MODULES if name_of(module) == name)
+    return next(module for module in ALL if name_of(module) == name)
 
 
 def is_continuous(module) -> bool:
     """Whether the script is for Box actions only."""
     return module.Args.env_id == "Pendulum-v1"
+
+
+def is_discrete(module) -> bool:
+    """Whether the script is for Discrete actions only."""
+    return 'it must be Discrete")' in Path(module.__file__).read_text()
+
+
+def is_distributional(module) -> bool:
+    """Whether the script learns distributions of returns, on atoms or by quantiles."""
+    return hasattr(module.Args, "num_atoms") or hasattr(module.Args, "num_quantiles")
+
+
+def acts(module) -> bool:
+    """Whether the script learns a policy, which its evaluation plays; td_prediction values that of others."""
+    return hasattr(module.Agent, "act")
+
+
+def learns_step_by_step(module) -> bool:
+    """Whether each gradient step is on one step of each environment: Sarsa."""
+    return not any(hasattr(module.Args, name) for name in ("batch_size", "num_steps", "horizon"))
 
 
 def line(module, *argv, **settings) -> list[str]:

@@ -11,7 +11,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import MODULES
+from conftest import ALL, MODULES
 from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Tuple
 from launch import Process, tiny
 from runs import (
@@ -22,6 +22,7 @@ from runs import (
     fails_with_a_bug,
     finished_run,
     is_continuous,
+    is_discrete,
     line,
     metrics,
     name_of,
@@ -154,7 +155,12 @@ IMPOSSIBLE = dict(
     checkpoint_every=[0], seed=[-1], torch_threads=[-1], target_kl=[-1.0], beta=[-1.0], multiplier=[-1.0],
     multiplier_lr=[-1.0], policy_step=[-1.0], damping=[-1.0], cg_iterations=[0], fisher_stride=[0],
     line_search_steps=[0], horizon=[0], critic_learning_rate=[-1e-3], policy_frequency=[0],
-    exploration_noise=[-1.0], policy_noise=[-1.0], noise_clip=[-1.0],
+    exploration_noise=[-1.0], policy_noise=[-1.0], noise_clip=[-1.0], n_steps=[0],
+    priority_exponent=[-0.1, 1.1], priority_eps=[0.0], importance_exponent=[-0.1, 1.1],
+    sigma_0=[-0.1], q_lambda=[-0.1, 1.1],
+    num_atoms=[0, 1], v_min=[1e9, -np.inf], v_max=[-1e9, np.inf], num_quantiles=[0], kappa=[0.0, np.inf],
+    temperature=[0.0], kl_coef=[-0.1], kl_horizon=[0], num_responses=[0], max_new_tokens=[0], max_prompt_tokens=[0],
+    sft_steps=[-1], num_pairs=[9], rm_epochs=[0], num_layers=[0], missing_eos_penalty=[-1.0], num_demonstrations=[0],
 )  # fmt: skip
 
 
@@ -162,7 +168,7 @@ IMPOSSIBLE = dict(
     ("module", "name", "value"),
     [
         pytest.param(module, name, value, id=f"{name_of(module)}-{name}-{value}")
-        for module in MODULES
+        for module in ALL
         for name, values in IMPOSSIBLE.items()
         if hasattr(module.Args, name)
         for value in values
@@ -218,8 +224,7 @@ def test_actions_that_are_not_supported(module, actions, named, own, tmp_path):
 @each_module
 def test_actions_of_the_other_kind(module, own, tmp_path):
     """Scripts for one kind of actions say so; those for both take both."""
-    numbered = hasattr(module, "ReplayBuffer") and not is_continuous(module)
-    for actions, supported in ((Discrete(2), not is_continuous(module)), (UNIT, not numbered)):
+    for actions, supported in ((Discrete(2), not is_continuous(module)), (UNIT, not is_discrete(module))):
         given = line(module, env_id=own(module, actions), run_dir=tmp_path / type(actions).__name__)
         if supported:
             module.train(module.parse_args(given))

@@ -155,7 +155,7 @@ def test_one_stage_alone_would_err():
         for stage, n in enumerate(check.SEEDS):
             p[stage, :, i] = check.p_value(rng.choice(HEAVY, (5000, n)), baseline, 22.0)
     assert (check.decide(*p) <= check.RED).any(-1).mean() < 0.01
-    assert (p[0] <= check.RED).any(-1).mean() > 0.05
+    assert (p[0] <= check.SUSPECT).any(-1).mean() > 0.05
     assert (p[1] <= check.RED).any(-1).mean() > 0.02
 
 
@@ -214,7 +214,7 @@ def verdicts(output: str) -> dict[str, list[str]]:
     return {line[0].strip(): [word.strip() for word in line[-3:]] for line in lines}
 
 
-FIRST, SECOND = [1001, 1002], [2001, 2002, 2003, 2004, 2005, 2006, 2007, 2008]
+FIRST, SECOND = [1001], [2001, 2002, 2003, 2004, 2005, 2006, 2007, 2008]
 
 
 @pytest.mark.parametrize(
@@ -223,11 +223,11 @@ FIRST, SECOND = [1001, 1002], [2001, 2002, 2003, 2004, 2005, 2006, 2007, 2008]
         ("100.0", 0, ["+0.0%", "1", "ok"], FIRST),
         ("81.0", 0, ["-9.5%", "1", "ok"], FIRST),
         ("60.0", 1, ["-20.0%", "2.3e-05", "WORSE"], FIRST + SECOND),
-        ("20.0 if seed == 1002 else 100.0", 0, ["+0.0%", "1", "ok"], FIRST + SECOND),
+        ("20.0 if seed == 1001 else 100.0", 0, ["+0.0%", "1", "ok"], FIRST + SECOND),
         ("20.0 if seed % 2 == 1 else 100.0", 1, ["-20.0%", "0.023", "WORSE"], FIRST + SECOND),
         ("119.0", 0, ["+9.5%", "1", "ok"], FIRST),
-        ("140.0", 0, ["+20.0%", "1", "better?"], FIRST),
-        ("sys.exit('the reason') if seed == 1002 else 100.0", 1, ["", "", "failed"], FIRST[:1]),
+        ("140.0", 0, ["+20.0%", "1", "ok"], FIRST),
+        ("sys.exit('the reason') if seed == 1001 else 100.0", 1, ["", "", "failed"], []),
         ("sys.exit('the reason') if seed == 2003 else 60.0", 1, ["", "", "failed"], FIRST + SECOND[:2] + SECOND[3:]),
     ],
 )
@@ -263,10 +263,12 @@ def test_results_belong_to_the_text_of_the_script(bench, tmp_path, capsys):
         return [path.read_text() for path in sorted(tmp_path.glob("out/one-*/starts"))]
 
     assert bench() == 0
-    next(tmp_path.glob("out/one-*__1002/result.json")).unlink()
-    next(tmp_path.glob("out/one-*__1002/checkpoint.pt")).unlink()
     assert bench() == 0
-    assert starts() == ["x", "xx"], "what is finished was trained again, or what is not was not"
+    assert starts() == ["x"], "what is finished was trained again"
+    next(tmp_path.glob("out/one-*__1001/result.json")).unlink()
+    next(tmp_path.glob("out/one-*__1001/checkpoint.pt")).unlink()
+    assert bench() == 0
+    assert starts() == ["xx"], "what is not finished was not trained"
     bench.write("one", "100.0", "60.0")
     assert bench() == 1, "results of another text were taken"
     for pin, times in [("other==1", 1), ("shutil==1", 2)]:
@@ -310,7 +312,8 @@ def test_neutral_scripts_are_left_out(bench, repository, tmp_path, capsys, old, 
     assert found(capsys.readouterr().out) == [said, "unchanged"]
     short = len(list(tmp_path.glob(f"out/one-*__{check.NEUTRAL_STEPS}__1")))
     assert short == 2, "base and head have to run side by side"
-    assert seeds_of(tmp_path, "one")[-2:] == ([1, 1] if said == "unchanged" else FIRST)
+    fresh = [seed for seed in seeds_of(tmp_path, "one") if seed > 1]
+    assert fresh == ([] if said == "unchanged" else FIRST)
     assert not list(tmp_path.glob("out/two*")), "an equal text needs no run"
 
 
@@ -336,8 +339,8 @@ def test_what_cannot_be_shown_to_be_neutral_is_compared(bench, repository, tmp_p
 def test_simulation_tells_its_rates_and_trains_nothing(bench, tmp_path, monkeypatch, capsys):
     assert bench("--simulate", "100") == 0
     output = capsys.readouterr().out
-    assert re.search(r"\| two +\| Toy-v0 +\| 10,000 \| 10 +\| 2 \+ 8 \| 100.0% ", output)
-    assert output.splitlines()[-1].startswith("Of 100 simulated checks of an unchanged suite 0.00% turn red, after 4.0")
+    assert re.search(r"\| two +\| Toy-v0 +\| 10,000 \| 10 +\| 1 \+ 8 \| 100.0% ", output)
+    assert output.splitlines()[-1].startswith("Of 100 simulated checks of an unchanged suite 0.00% turn red, after 2.0")
     assert not (tmp_path / "out").exists()
     for alarms, power, code in [(0.0099, 0.9, 0), (0.01, 0.9, 1), (0.0099, 0.89, 1)]:
         rates = alarms, np.array([1.0, power]), 4.0

@@ -19,12 +19,18 @@ from conftest import SCRIPTS
 ROOT = Path(__file__).parents[1]
 MAX_FRONT = 300  # lines
 LONGER_FRONTS = dict(npg=400, trpo=400, ppo_kl=310)  # conjugate gradient, line search, adaptive penalty
-SECOND_RULER: set[str] = set()  # scripts that end with something that no other script needs
-ROOTS = {"reinforce", "dqn"}  # scripts without a parent
+LONGER_FRONTS |= dict(rainbow=400)  # six algorithms
+LONGER_FRONTS |= dict(ddppo=325, a3c=310)  # the average over processes; a worker beside train()
+SECOND_RULER = {"td_prediction"}  # scripts that end with something that no other script needs
+SECOND_RULER |= {"a3c", "ddppo"}  # their processes
+LONGER_FRONTS |= dict(ppo_rlhf=400)  # a reward model besides PPO
+SECOND_RULER |= {"ppo_rlhf"}  # rewards that are given
+ROOTS = {"reinforce", "td_prediction"}  # scripts without a parent
 MAX_DOCSTRING = 30  # lines
 MAX_TOKENS = 40  # in a line of the front
 MAX_MEAN_TOKENS = 11.5  # per line of code, over the whole script
 LOSSES = {"policy_loss", "value_loss", "critic_loss", "actor_loss", "temperature_loss", "loss"}
+LOSSES |= {"supervised_loss", "reward_loss"}  # of language models
 GONE = {"Adam", "RMSprop", "Target", "follow", "Dot", "actor_layers"}  # what PyTorch has, or what hides who learns
 ALLOWED = {"filelock", "gymnasium", "numpy", "torch", "tyro", "tqdm"}  # beside the standard library
 OPTIONAL = {
@@ -33,10 +39,18 @@ OPTIONAL = {
     "moviepy",
     "wandb",
     "gymnasium.utils.save_video",
+    "transformers",
+    "datasets",
 }  # imported where needed, by importlib
 HEAVY = ["ale_py", "minatar", "wandb", "moviepy", "mujoco", "Box2D"]  # no plain run should wait for them or need them
+HEAVY += ["transformers", "datasets"]
 
 each_script = pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
+
+
+def for_language(script: Path) -> bool:
+    """Whether the script learns to write (see conftest.is_language)."""
+    return "max_new_tokens" in twins.fields(script.read_text(encoding="utf-8"))
 
 
 def tree_of(script: Path) -> ast.Module:
@@ -271,8 +285,11 @@ def textbook_names(page: Page) -> list[str]:
 
 
 def names_of_losses(page: Page) -> list[str]:
-    """Losses have one name over all scripts, or that of the algorithm."""
+    """Losses have one name over all scripts, or that of the algorithm or of the script that they are taken from."""
     allowed = LOSSES | {f"{page.name}_loss"} | {f"{word}_loss" for word in page.name.split("_")}
+    own = twins.pieces(page.source)
+    for other in map(twins.pieces, page.others):  # a child may have the loss of its parent, as it is
+        allowed |= {name for name in own.keys() & other.keys() if own[name].text == other[name].text}
     losses = [node.name for node in page.body if isinstance(node, ast.FunctionDef) and node.name.endswith("loss")]
     if not losses:
         return ["no function is called a loss"]
@@ -366,7 +383,8 @@ def test_exceptions_of_the_form(monkeypatch):
     """A second ruler, a longer front and no parent are for the scripts on the lists, a loss may be the algorithm's."""
     long = PAGE.replace("# Defaults by family.", "# Defaults.\n" * 300)
     assert length_of_the_front(Page("trpo", long, [])) == []
-    assert docstring_of_the_page(Page("dqn", PAGE.replace("Child of", "Like").replace("small.py", "dqn.py"), [])) == []
+    root = PAGE.replace("Child of", "Like").replace("small.py", "td_prediction.py")
+    assert docstring_of_the_page(Page("td_prediction", root, [])) == []
     for name in ("ppo_loss", "ppo_clip_loss"):
         assert names_of_losses(Page("ppo_clip", PAGE.replace("def loss(", f"def {name}("), [])) == []
 
@@ -413,6 +431,8 @@ def test_exceptions_are_few_and_used():
     names = set().union(*(twins.pieces(script.read_text()) for script in SCRIPTS))
     assert names >= twins.MAY_DIFFER
     assert len(twins.MAY_DIFFER) <= 6
+    assert names >= twins.BY_KIND
+    assert len(twins.BY_KIND) <= 5
 
 
 def test_equal_copies_have_no_drift(copies):
@@ -499,6 +519,22 @@ def test_the_algorithms_own_names_may_differ_on_the_front(copies):
         plant(script, "class Run:", "def huber_loss() -> int:\n    return 1\n\n\nclass Run:")
     plant(parent, "    return 1\n", "    return 2\n")
     assert run() == (1, "huber_loss differs: child.py | parent.py\n")
+
+
+def test_scripts_for_language_are_twins_among_themselves(copies):
+    """Fields of Args and what is on the list may differ between the kinds, but not within one; the rest is one text."""
+    parent, child, run = copies
+    plant(child, "  # of all that is random\n", "  # of texts\n    max_new_tokens: int = 5\n")
+    plant(child, "    return [1, 2]\n", "    return [2]\n")
+    assert run() == (0, "no drift\n")
+    assert run("algos/parent.py") == (0, "no drift\n")
+    plant(parent, "  # discount\n", "  # discount\n    max_new_tokens: int = 5\n")
+    names = ("evaluate", "Args.seed")
+    assert run() == (1, "".join(f"{name} of language differs: child.py | parent.py\n" for name in names))
+    changed = "child.py: Args.seed, evaluate now as in parent.py\n"
+    assert run("algos/parent.py") == (0, changed + "no drift\n")
+    plant(parent, "    return nn.Sequential()\n", "    return nn.Sequential()  # empty\n")
+    assert run() == (1, "mlp differs: child.py | parent.py\n")
 
 
 def test_the_order_of_the_backs_is_one(copies):
@@ -650,9 +686,17 @@ def test_every_flag_has_a_help_and_a_default(script):
 @each_script
 def test_the_common_flags_exist(script):
     """The flags that the harness and the user find in every script."""
-    common = """env_id env_kwargs total_timesteps seed num_envs device torch_threads run_dir track wandb_project
-    wandb_entity capture_video eval_episodes checkpoint_every resume"""
-    assert set(common.split()) <= set(twins.fields(script.read_text()))
+    common = """env_id total_timesteps seed device torch_threads run_dir track wandb_project wandb_entity eval_episodes
+    checkpoint_every resume"""
+    of_environments = {"env_kwargs", "num_envs", "capture_video"}
+    of_language = {"model", "prompts", "temperature", "max_new_tokens"}
+    found = set(twins.fields(script.read_text()))
+    assert set(common.split()) <= found
+    if for_language(script):
+        assert of_language <= found
+        assert found.isdisjoint(of_environments)
+    else:
+        assert of_environments <= found
 
 
 # Header, docstring, length, hints
@@ -681,6 +725,8 @@ def pins(lines: list[str]) -> dict[str, str]:
 def test_header_agrees_with_requirements(script):
     """Each dependency of the header has in requirements.txt the same version, and what is imported is in the header."""
     required = pins((ROOT / "requirements.txt").read_text().splitlines())
+    if for_language(script):
+        required |= pins((ROOT / "requirements-lm.txt").read_text().splitlines())
     listed = pins(re.findall(r'"([^"]*==[^"]*)"', header(script)))
     assert {"torch", "gymnasium", "numpy", "tyro"} <= set(listed)
     assert listed == {name: required.get(name) for name in listed}
@@ -693,7 +739,10 @@ def test_header_agrees_with_requirements(script):
 
 @each_script
 def test_header_extras_agree_with_requirements(script):
-    """The extras of gymnasium, too, are those of requirements.txt."""
+    """The extras of gymnasium, too, are those of requirements.txt; no script for language has any."""
+    if for_language(script):
+        assert "gymnasium[" not in header(script)
+        return
     pattern = r"^gymnasium\[(.*?)\]"
     (extras,) = re.findall(r"gymnasium\[(.*?)\]", header(script))
     assert re.findall(pattern, (ROOT / "requirements.txt").read_text(), re.MULTILINE) == [extras]

@@ -9,7 +9,16 @@ import pytest
 import torch
 from conftest import spy
 from gymnasium.spaces import Box
-from off_policy import critics, each_continuous, each_off_policy, each_q_learning, has_noise, learn, lines
+from off_policy import (
+    critics,
+    each_continuous,
+    each_off_policy,
+    each_q_learning,
+    has_noise,
+    has_noisy_layers,
+    learn,
+    lines,
+)
 from runs import each, is_continuous, planted
 
 from algos import ddpg, dqn, dueling_dqn, sac
@@ -42,7 +51,7 @@ def probe(module, monkeypatch, folder, name, log_alpha=-20.0, **given):
     """Train, SAC with next to no entropy bonus; the agent and the mean return of its deterministic policy."""
     plain = dict(total_timesteps=1600, num_envs=4, learning_rate=5e-3, gamma=0.9, eval_episodes=20, anneal_lr=True)
     plain |= dict(train_frequency=2, batch_size=32, learning_starts=64)
-    plain |= dict(target_network_frequency=20, end_e=0.3, tau=0.2)
+    plain |= dict(target_network_frequency=20, end_e=0.3, tau=0.2, noisy=False)
     agents = []
 
     def start(_, agent, *__):
@@ -67,9 +76,16 @@ def probe(module, monkeypatch, folder, name, log_alpha=-20.0, **given):
 def values(agent, obs) -> np.ndarray:
     """Q of each observation (rows): of each action or, if continuous, by each critic for the action 0 (columns)."""
     obs = torch.as_tensor(obs)
+    if hasattr(agent, "draw_noise"):
+        return torch.stack([agent(obs, agent.draw_noise()) for _ in range(1000)]).mean(0).numpy()
     if not hasattr(agent, "actor"):
         return agent(obs).numpy()
     return torch.stack([critic(obs, torch.zeros(len(obs), 1)) for critic in critics(agent)], -1).numpy()
+
+
+def slack(module) -> int:
+    """By how much values may differ more: noise on the weights blurs them, and the maximum over it is too high."""
+    return 2 if has_noisy_layers(module) else 1
 
 
 def near(expected, tolerance):
@@ -85,7 +101,7 @@ def check_values(module, monkeypatch, folder, name, expected, tolerance, steps):
     agent, _ = probe(module, monkeypatch, folder, name, total_timesteps=steps)
     found = values(agent, np.float32([*expected])[:, None])
     column = np.array([*expected.values()])[:, None]
-    assert found == near(np.broadcast_to(column, found.shape), tolerance)
+    assert found == near(np.broadcast_to(column, found.shape), tolerance * slack(module))
 
 
 @each_off_policy
@@ -141,7 +157,7 @@ def test_policy_finds_the_paid_action(module, monkeypatch, tmp_path):
     """Values of the wrong action learned, or the smallest one taken."""
     agent, mean = probe(module, monkeypatch, tmp_path, "ActionReward", total_timesteps=800)
     assert mean == 1
-    assert values(agent, [[1.0]]) == near([[-1, 1]], 0.05)
+    assert values(agent, [[1.0]]) == near([[-1, 1]], 0.05 * slack(module))
 
 
 @each_q_learning
@@ -149,7 +165,7 @@ def test_policy_depends_on_the_observation(module, monkeypatch, tmp_path):
     """Actions, rewards and observations of different rows mixed up."""
     agent, mean = probe(module, monkeypatch, tmp_path, "ObsActionReward", total_timesteps=1200)
     assert mean == 1
-    assert values(agent, [[-1.0], [1.0]]) == near([[1, -1], [-1, 1]], 0.1)
+    assert values(agent, [[-1.0], [1.0]]) == near([[1, -1], [-1, 1]], 0.1 * slack(module))
 
 
 @each_q_learning

@@ -38,13 +38,13 @@ def test_gradient_step(module, monkeypatch, tmp_path, env, max_grad_norm):
     spy(monkeypatch, module, "descend", before)
     given = dict(train_frequency=3, total_timesteps=33, policy_frequency=1, target_network_frequency=1000, tau=0.3)
     learn(module, tmp_path, env, learning_rate=0.01, max_grad_norm=max_grad_norm, **given)
-    agent, target, batch, args, old_target = inputs
+    agent, target, batch, *rest, old_target = inputs  # rest: what else a loss needs, as noise and args
     agents.append(agent)
 
     def entropy():
         return module.actor_loss(agents[1], batch)[1]["entropy"]
 
-    losses = [lambda: module.critic_loss(agents[0], old_target, batch, args)[0]]
+    losses = [lambda: module.critic_loss(agents[0], old_target, batch, *rest)[0]]
     owners = [""]
     if is_continuous(module):
         losses.append(lambda: module.actor_loss(agents[1], batch)[0])
@@ -152,15 +152,17 @@ def test_metrics(module, monkeypatch, tmp_path):
         metrics = output[1]
         if "critic_loss" in metrics:
             history.append({})
-        history[-1] |= {name: value.item() for name, value in metrics.items()}
+        history[-1] |= {name: value.mean().item() for name, value in metrics.items()}
         tensors.extend(weakref.ref(value) for value in metrics.values())
         assert sum(tensor() is not None for tensor in tensors) <= 110 * 5
 
     def check(_, step, metrics):
         names = {name for row in history for name in row}
         expected = {name: np.mean([row[name] for row in history[-100:] if name in row]) for name in names}
-        assert {name: metrics[name] for name in metrics.keys() - {"epsilon"}} == pytest.approx(expected, rel=1e-4)
-        assert ("epsilon" in metrics) == (not is_continuous(module))
+        others = metrics.keys() - {"epsilon", "mean_sigma"}
+        assert {name: metrics[name] for name in others} == pytest.approx(expected, rel=1e-4)
+        assert ("epsilon" in metrics) == hasattr(module.Args, "end_e")
+        assert ("mean_sigma" in metrics) != ("epsilon" in metrics or is_continuous(module))
         logged.append((step, len(history)))
         history.clear()
 
@@ -247,7 +249,7 @@ def test_resume(module, monkeypatch, tmp_path, save_buffer):
 
     Also: random actions while it is filled, and a transition from the last observation into the new episode.
     """
-    given = dict(save_buffer=save_buffer, buffer_size=99, batch_size=8)
+    given = dict(save_buffer=save_buffer, buffer_size=99, batch_size=8, n_steps=1)
     batches = []
     filled = []  # gradient steps that each step of the environments found done
     acting = []

@@ -7,7 +7,18 @@ import pytest
 import torch
 from conftest import spy
 from gymnasium.spaces import Discrete
-from off_policy import FRAMES, GRID, OFF_POLICY, bugs, each_q_learning, gradient, make_agents, make_batch
+from off_policy import (
+    FRAMES,
+    GRID,
+    OFF_POLICY,
+    bugs,
+    each_epsilon_greedy,
+    each_q_learning,
+    each_squared_error,
+    gradient,
+    make_agents,
+    make_batch,
+)
 from runs import each, fails_with_a_bug, name_of
 
 from algos import double_dqn, dqn, dueling_dqn
@@ -38,21 +49,26 @@ def test_td_target_sees(request, name, old, new):
     fails_with_a_bug(request, test_td_target_against_a_loop, name, old, new)
 
 
+DOUBLE_Q = ("double_dqn", "dueling_dqn", "prioritized_dqn")  # the online network chooses, the target values
+
+
 def slow_loss(module, agent, target, batch, gamma):
-    """The loss row by row; the scripts differ in which network chooses the next action."""
+    """The loss row by row; the scripts differ in which network chooses the next action, and rows may have a weight."""
     total = 0.0
     for i in range(len(batch["obs"])):
         online = agent(batch["next_obs"][i : i + 1])[0].tolist()
         held = target(batch["next_obs"][i : i + 1])[0].tolist()
-        preferences = held if name_of(module) == "dqn" else online
+        preferences = online if name_of(module) in DOUBLE_Q else held
         y = batch["rewards"][i].item()
         if not batch["terminated"][i]:
-            y += gamma * held[preferences.index(max(preferences))]
-        total += (agent(batch["obs"][i : i + 1])[0, batch["actions"][i]] - y) ** 2
+            discount = batch["discounts"][i].item() if "discounts" in batch else gamma
+            y += discount * held[preferences.index(max(preferences))]
+        weight = batch["weights"][i].item() if "weights" in batch else 1
+        total += weight * (agent(batch["obs"][i : i + 1])[0, batch["actions"][i]] - y) ** 2
     return total / len(batch["obs"])
 
 
-@each_q_learning
+@each_squared_error
 def test_loss_and_gradient_against_a_loop(module):
     """(B, 1) against (B,), a gradient through the target, clipped errors, networks mixed up."""
     torch.manual_seed(4)
@@ -158,7 +174,7 @@ def test_dueling_sees(request, name, old, new):
     fails_with_a_bug(request, test_dueling, name, old, new)
 
 
-@each_q_learning
+@each_squared_error
 def test_layers(module):
     """A size other than asked for, a layer too many or too few, or two with nothing between them."""
     agent, _, _ = make_agents(module, hidden_size=12)
@@ -201,10 +217,11 @@ def test_images_see(request, name, old, new):
 # The policy
 
 
-@each_q_learning
+@each_epsilon_greedy
 def test_epsilon_greedy(module):
     """Random actions too often or too rarely, of the wrong range, shared by all environments, or in the evaluation."""
-    agent, _, _ = make_agents(module)
+    without_noise = dict(noisy=False) if hasattr(module.Args, "noisy") else {}
+    agent, _, _ = make_agents(module, **without_noise)
     rows = 40_000
     obs = torch.randn(1, 5).expand(rows, 5).numpy()
     best = agent(torch.from_numpy(obs[:1])).argmax().item()
@@ -238,7 +255,7 @@ def test_greedy_takes_no_random_numbers(module):
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@each_q_learning
+@each_epsilon_greedy
 def test_linear_schedule(module):
     """A schedule that starts late, overshoots, or divides by a duration of 0."""
     values = [module.linear_schedule(1.0, 0.1, 10, t) for t in (0, 1, 5, 9, 10, 11, 10**6)]

@@ -12,6 +12,8 @@ import torch
 
 from benchmark import peer, speed
 from benchmark.__main__ import main
+from benchmark.markdown import least_ratios
+from benchmark.speed import make_peer
 from benchmark.tasks import OURS, TASKS, Task
 
 CORES = os.sched_getaffinity(0) if hasattr(os, "sched_setaffinity") else set()
@@ -246,6 +248,17 @@ def test_bad_input(bench, capsys, words, reason):
     assert told.endswith(reason)
 
 
+def test_a_script_of_ours_as_a_peer(bench, monkeypatch, capsys):
+    """Run in turn with the flags of both; no column of the README, for it is not others that it is compared with."""
+    monkeypatch.setattr(speed, "TASKS", [speed.TASKS[0]._replace(peers="foliorl.other")])
+    monkeypatch.setattr(speed, "make_peer", make_peer)
+    (bench.script.parent / "other.py").write_text(bench.script.read_text().replace('"ours"', '"other"'))
+    assert main(["speed", "--baselines", str(bench.file.parent), "--rounds", "2"]) == 0
+    assert [run[:2] for run in bench.runs()] == [["ours", 1], ["other", 1], ["ours", 2], ["other", 2]]
+    assert "| fake | foliorl.other | Toy-v0 | 10 | " in capsys.readouterr().out
+    assert least_ratios(bench.file.parent) == {}
+
+
 def test_peers_and_environments_select():
     chosen = [(task.script, task.peers) for task in speed.select("", "HalfCheetah-v5", ["sbx"])]
     assert chosen == [("ppo_clip", "sbx.PPO"), ("ddpg", "sbx.DDPG"), ("td3", "sbx.TD3"), ("sac", "sbx.SAC")]
@@ -264,9 +277,14 @@ def test_tasks_are_flags_of_the_script(task):
     assert not getattr(made, "anneal_lr", False), "no peer anneals its step size"
 
 
+def foreign(task: Task) -> list[str]:
+    """The classes of others among the peers of a task."""
+    return [kind for kind in task.peers.split() if not kind.startswith("foliorl.")]
+
+
 @each_task
 def test_peers_take_every_option(task):
-    for kind in task.peers.split():
+    for kind in foreign(task):
         options = task.at(0) | task.extra | dict(seed=1)
         given = peer.settings(kind, options)
         if "train_freq" in given:  # counted in steps of all environments at once
@@ -300,6 +318,10 @@ WANTED = {  # script and environment: what the agents of the peers shall show
     | dict(n_envs=4, learning_rate=1e-3, batch_size=64, buffer_size=100_000, tau=1.0, width=64, max_grad_norm=10.0)
     | dict(target_update_interval=250, exploration_initial_eps=1.0, exploration_final_eps=0.05)
     | dict(exploration_fraction=0.2),
+    ("qr_dqn", "CartPole-v1"): REPLAY
+    | dict(n_envs=4, learning_rate=1e-3, batch_size=64, buffer_size=100_000, tau=1.0, width=64, max_grad_norm=10.0)
+    | dict(target_update_interval=250, exploration_initial_eps=1.0, exploration_final_eps=0.05)
+    | dict(exploration_fraction=0.2, n_quantiles=25),
     ("ddpg", "HalfCheetah-v5"): REPLAY | dict(noise=0.1, policy_delay=1, critics=1),
     ("td3", "HalfCheetah-v5"): REPLAY
     | dict(noise=0.1, policy_delay=2, critics=2, target_policy_noise=0.2, target_noise_clip=0.5),
@@ -330,7 +352,7 @@ def look(agent, name: str):
 
 
 @pytest.mark.parametrize(("task", "kind"), [
-    pytest.param(task, kind, id=f"{task.script}-{task.env_id}-{kind}") for task in TASKS for kind in task.peers.split()
+    pytest.param(task, kind, id=f"{task.script}-{task.env_id}-{kind}") for task in TASKS for kind in foreign(task)
 ])  # fmt: skip
 def test_peers_are_set_up_as_the_task_says(task, kind):
     """Needs the peer: run with its interpreter."""

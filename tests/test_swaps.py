@@ -14,7 +14,7 @@ import torch
 import torch.nn as nn
 from conftest import MODULES, make_args
 from gymnasium.spaces import Box
-from runs import each, each_back, is_continuous, name_of, planted, script
+from runs import acts, each, each_back, is_continuous, name_of, planted, script
 
 ROWS = 20_000  # independent draws, to compare frequencies
 DISCRETE = "test/Tagged-v0"
@@ -57,8 +57,11 @@ def other_activations(agent):
 def other_networks(agent):
     """Networks of other sizes and layers."""
     for name, part in list(agent.named_children()):
-        if name in ("actor", "critic", "q", "value", "advantage") and isinstance(part, nn.Sequential):
+        if name in ("actor", "critic", "q", "v", "theta", "value", "advantage") and isinstance(part, nn.Sequential):
             setattr(agent, name, Own(part[0].in_features, part[-1].out_features))
+        elif type(part).__name__ == "NoisyMLP":
+            sizes = [part.layers[0].mu.in_features, 7, part.layers[-1].mu.out_features]
+            setattr(agent, name, type(part)(sizes, nn.ELU, 0.5))
         elif name == "actor" and hasattr(agent, "log_alpha"):
             agent.actor = Own(3, 4, lambda x: x.chunk(2, -1))
         elif name == "actor":
@@ -108,7 +111,7 @@ def mode(agent, obs):
     obs = observations(agent, obs)
     if hasattr(agent, "policy"):
         return agent.policy(agent.encoder(obs)).mode.cpu()
-    if hasattr(agent, "epsilon"):
+    if hasattr(agent, "epsilon") or hasattr(agent, "draw_noise"):
         return agent(obs).argmax(-1).cpu()
     if hasattr(agent, "log_alpha"):
         noise = torch.zeros(len(obs), 2, device=obs.device)
@@ -144,8 +147,23 @@ def moments(actions):
     return np.concatenate([actions, actions**2, actions[:, :1] * actions[:, 1:]], 1)
 
 
+@torch.no_grad()
+def check_noisy_frequencies(agent, obs):
+    """Each action in one state is chosen as often as it is the best with other draws of the noise."""
+    obs = obs[None]
+    best = [agent(observations(agent, obs), agent.draw_noise()).argmax().item() for _ in range(ROWS // 10)]
+    chosen = [agent.act(obs).item() for _ in range(ROWS // 10)]
+    expected = np.bincount(best, minlength=3)
+    counts = np.bincount(chosen, minlength=3)
+    chi_square = ((counts - expected) ** 2 / (counts + expected + 1)).sum()
+    assert chi_square < 27.6  # by chance once in a million: two degrees of freedom
+
+
 def check_frequencies(agent, obs):
     """Many actions in one state have the frequencies or the moments of the policy."""
+    if hasattr(agent, "draw_noise"):
+        check_noisy_frequencies(agent, obs)
+        return
     many = np.repeat(obs[None], ROWS, 0)
     actions = agent.act(many)
     if actions.ndim == 1:
@@ -242,7 +260,8 @@ def check_swap(module, swap, env_id, monkeypatch, folder):
         patch.setattr(module, "Agent", Swapped)
         watch_learning(patch, module, agents, rates)
         if swap == "optimizer":
-            patch.setattr(torch.optim, "Adam", two_groups)
+            for name in ("Adam", "RAdam"):
+                patch.setattr(torch.optim, name, two_groups)
         learn(module, folder, env_id=env_id, device="cuda" if swap == "cuda" else "cpu")
     (agent,) = agents
     for name, parameter in agent.named_parameters():
@@ -251,7 +270,8 @@ def check_swap(module, swap, env_id, monkeypatch, folder):
         assert parameter.device.type == ("cuda" if swap == "cuda" else "cpu")
     if swap == "optimizer":
         assert (rates[-1] < rates[0]) == hasattr(module.Args, "anneal_lr")
-    check_frequencies(agent, np.float32([1, 2, 3]))
+    if acts(module):
+        check_frequencies(agent, np.float32([1, 2, 3]))
 
 
 def cases():

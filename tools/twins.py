@@ -6,10 +6,12 @@ python tools/twins.py algos/edited.py  first rewrites the other scripts' copies 
 Only what the algorithm itself changes may differ, and only on the front, above the ruler (see `may_differ`). Behind the
 ruler all text is compared, comments included, and the twins of two scripts stand in one order, which only a human can
 repair. Fields of `Args` with the same name have the same type and the same help (the comment behind them); their
-defaults are the algorithm's own.
+defaults are the algorithm's own. Scripts for language have other environments than the others, so their fields and some
+plumbing are twins among themselves (see `BY_KIND`).
 """
 
 import ast
+import functools
 import sys
 from itertools import combinations
 from pathlib import Path
@@ -18,6 +20,7 @@ from typing import NamedTuple
 ALGOS = Path(__file__).parents[1] / "algos"
 RULER = "# " + 116 * "="  # below it stands what all scripts share; below a second one what a single script needs
 MAY_DIFFER = {"Args", "Agent", "Actor", "Critic", "train", "FAMILIES"}  # and the losses
+BY_KIND = {"evaluate", "parse_args", "pick_device", "read_config", "Run"}  # another text in all scripts for language
 NAMED = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign)
 
 
@@ -69,6 +72,7 @@ def rulers(source: str) -> list[int]:
     return [number for number, line in enumerate(source.splitlines()) if line == RULER]
 
 
+@functools.cache
 def pieces(source: str) -> dict[str, Piece]:
     """By name: the definitions of the front with the comments right above them, and everything behind the ruler."""
     lines = source.splitlines(keepends=True)
@@ -104,6 +108,7 @@ def pieces(source: str) -> dict[str, Piece]:
     return found
 
 
+@functools.cache
 def fields(source: str) -> dict[str, Field]:
     """The fields of Args by name."""
     lines = source.splitlines()
@@ -121,10 +126,17 @@ def fields(source: str) -> dict[str, Field]:
     return found
 
 
+def key(name: str, source: str) -> str:
+    """The name under which a piece or a field of this script is compared."""
+    by_kind = name in BY_KIND or name.startswith("Args.")
+    return f"{name} of language" if by_kind and "max_new_tokens" in fields(source) else name
+
+
 def contract(source: str) -> dict[str, str]:
     """The text by name that must be the same in every script with that name."""
     texts = {name: piece.text for name, piece in pieces(source).items() if not may_differ(name, piece)}
-    return texts | {f"Args.{name}": f"{field.kind}  {field.help}" for name, field in fields(source).items()}
+    texts |= {f"Args.{name}": f"{field.kind}  {field.help}" for name, field in fields(source).items()}
+    return {key(name, source): text for name, text in texts.items()}
 
 
 def back(source: str) -> list[str]:
@@ -163,11 +175,11 @@ def repair(edited: str, other: str) -> tuple[str, list[str]]:
     changed = {name for name in given if name in wanted and given[name] != wanted[name]}
     changes = []
     for name, piece in pieces(other).items():
-        if name in changed:
-            changes.append((piece.first, piece.end, name, wanted[name]))
+        if key(name, other) in changed:
+            changes.append((piece.first, piece.end, name, wanted[key(name, other)]))
     originals = fields(edited)
     for name, field in fields(other).items():
-        if f"Args.{name}" in changed:
+        if key(f"Args.{name}", other) in changed:
             original = originals[name]
             text = "".join(lines[field.first : field.end]).rstrip().removesuffix(field.help).rstrip()
             text = text.replace(f"{name}: {field.kind}", f"{name}: {original.kind}", 1)

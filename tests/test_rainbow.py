@@ -1,0 +1,196 @@
+"""Rainbow equals the script of each of its parts where the others are off, and runs with any of them."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from conftest import spy
+from off_policy import FRAMES, GRID, VECTOR, bugs, learn, make_batch
+from runs import each, fails_with_a_bug, script
+
+from algos import rainbow
+
+PARTS = ("double", "dueling", "prioritized", "n_steps", "noisy", "distributional")
+SCRIPTS = {  # what the script of a part, or of several, has of Rainbow
+    "dqn": (),
+    "double_dqn": ("double",),
+    "dueling_dqn": ("double", "dueling"),
+    "prioritized_dqn": ("double", "prioritized"),
+    "n_step_dqn": ("n_steps",),
+    "noisy_dqn": ("noisy",),
+    "c51": ("distributional",),
+}
+
+each_rainbow = each([rainbow])
+
+
+def switches(parts) -> dict:
+    """The arguments of Rainbow with these parts alone."""
+    given = {name: name in parts for name in PARTS}
+    return given | dict(n_steps=3 if "n_steps" in parts else 1)
+
+
+def heads(agent) -> list[torch.nn.Module]:
+    """The networks on top of the encoder, in the order of Rainbow's streams."""
+    if hasattr(agent, "streams"):
+        return list(agent.streams)
+    names = ("advantage", "value") if hasattr(agent, "value") else ("theta",) if hasattr(agent, "theta") else ("q",)
+    return [getattr(agent, name) for name in names]
+
+
+def parameters(agent) -> list[torch.nn.Parameter]:
+    """All that learns, in one order for Rainbow and the scripts of its parts."""
+    return [parameter for part in (agent.encoder, *heads(agent)) for parameter in part.parameters()]
+
+
+def pair(module, parts, obs_space, **given):
+    """Two agents of the script of these parts, the same two as agents of Rainbow, and the arguments of both."""
+    own = script(next(name for name, those in SCRIPTS.items() if those == parts))
+    common = dict(hidden_size=16, v_min=-5.0, v_max=5.0, num_atoms=11)
+    args = module.Args(**common | switches(parts) | given)
+    fields = {name: value for name, value in vars(args).items() if hasattr(own.Args, name)}
+    own_args = own.Args(**fields)
+    agents = [own.Agent(obs_space, 3, own_args) for _ in range(2)]
+    copies = [module.Agent(obs_space, 3, args) for _ in range(2)]
+    with torch.no_grad():
+        for agent, copy in zip(agents, copies):
+            for one, two in zip(parameters(agent), parameters(copy), strict=True):
+                one *= 2  # outputs differ much between rows
+                two.copy_(one)
+    return own, agents, own_args, copies, args
+
+
+def differentiate(loss, agent):
+    """The gradient of each parameter."""
+    return torch.autograd.grad(loss, parameters(agent))
+
+
+@each_rainbow
+@pytest.mark.parametrize("parts", SCRIPTS.values(), ids=SCRIPTS)
+@pytest.mark.parametrize("obs_space", [VECTOR, FRAMES, GRID], ids=["vector", "frames", "grid"])
+def test_with_some_parts_it_learns_as_their_script(module, parts, obs_space):
+    """Loss, gradient, metrics and greedy actions, for the same weights, batch and noise."""
+    own, agents, own_args, copies, args = pair(module, parts, obs_space)
+    batch = make_batch(own)
+    for name in ("obs", "next_obs"):
+        batch[name] = torch.from_numpy(np.stack([obs_space.sample() for _ in batch["rewards"]]))
+    own_inputs = []
+    noise = [None, None, None]
+    if "noisy" in parts:
+        own_inputs = [agents[0].draw_noise(), agents[1].draw_noise()]
+        noise = [[own_inputs[0]], [agents[0].draw_noise()], [own_inputs[1]]]  # that of the choice is for double alone
+    loss, metrics = own.critic_loss(*agents, batch, *own_inputs, own_args)
+
+    rows = len(batch["rewards"])
+    full = dict(weights=torch.ones(rows), discounts=torch.full((rows,), args.gamma)) | batch
+    copied_loss, copied_metrics = module.critic_loss(*copies, full, noise, args)
+    torch.testing.assert_close(copied_loss, loss)
+    for one, two in zip(differentiate(loss, agents[0]), differentiate(copied_loss, copies[0])):
+        torch.testing.assert_close(two, one)
+    for name, value in metrics.items():
+        torch.testing.assert_close(copied_metrics[name], value)
+    obs = batch["obs"].numpy()
+    assert (agents[0].act(obs, greedy=True) == copies[0].act(obs, greedy=True)).all()
+
+
+CHOICE = 'next_q = agent(batch["next_obs"], choice_noise)'
+
+
+@bugs(
+    ("rainbow", "    if args.double:\n", "    if not args.double:\n"),
+    ("rainbow", CHOICE, 'next_q = agent(batch["obs"], choice_noise)'),
+    ("rainbow", "next_outputs = target.outputs(", "next_outputs = agent.outputs("),
+    ("rainbow", "advantages.mean(1, keepdim=True)", "advantages.mean(-1, keepdim=True)"),
+    ("rainbow", '(batch["weights"] * losses).mean()', "losses.mean()"),
+    ("rainbow", 'target.mean(next_outputs), batch["discounts"]', "target.mean(next_outputs), args.gamma"),
+    ("rainbow", 'target.support, batch["discounts"]', "target.support, args.gamma**args.n_steps * 0.5"),
+    ("rainbow", 'agent.outputs(batch["obs"], own_noise)', 'agent.outputs(batch["obs"], target_noise)'),
+    ("rainbow", 'target.outputs(batch["next_obs"], target_noise)', 'target.outputs(batch["next_obs"], own_noise)'),
+    ("rainbow", "errors = (y - q).abs()", "errors = y - q"),
+    ("rainbow", "        next_probs = next_outputs.softmax(-1)\n", "        next_probs = next_outputs.exp()\n"),
+)
+def test_parts_see(request, tmp_path, name, old, new):
+    """Each bug shows in at least one of the parts."""
+
+    def test(module):
+        for parts in SCRIPTS.values():
+            test_with_some_parts_it_learns_as_their_script(module, parts, VECTOR)
+
+    fails_with_a_bug(request, test, name, old, new)
+
+
+@each_rainbow
+@pytest.mark.parametrize("distributional", [False, True])
+def test_three_draws_of_noise(module, distributional):
+    """The noise of Q(s, a), of the choice of a' and of the target are those that were handed in, each for itself."""
+    args = module.Args(hidden_size=16, distributional=distributional, prioritized=False, v_min=-5.0, v_max=5.0)
+    agent, target = (module.Agent(VECTOR, 3, args) for _ in range(2))
+    with torch.no_grad():
+        for parameter in (*agent.parameters(), *target.parameters()):
+            parameter *= 3
+    batch = make_batch(module) | dict(weights=torch.ones(64))
+    draws = [[network.draw_noise() for network in (agent, agent, target)] for _ in range(2)]
+    losses = []
+    for choice in itertools.product([0, 1], repeat=3):
+        noise = [draws[number][place] for place, number in enumerate(choice)]
+        losses.append(module.critic_loss(agent, target, batch, noise, args)[0].item())
+    assert len(set(losses)) == 8  # each of the three matters
+
+
+@bugs(
+    ("rainbow", CHOICE, 'next_q = agent(batch["next_obs"], own_noise)'),
+    ("rainbow", CHOICE, 'next_q = agent(batch["next_obs"])'),
+    ("rainbow", 'agent.outputs(batch["obs"], own_noise)', 'agent.outputs(batch["obs"], choice_noise)'),
+    ("rainbow", 'target.outputs(batch["next_obs"], target_noise)', 'target.outputs(batch["next_obs"])'),
+)
+def test_three_draws_see(request, name, old, new):
+    fails_with_a_bug(request, test_three_draws_of_noise, name, old, new, distributional=True)
+
+
+@each_rainbow
+def test_each_gradient_step_draws_its_noise(module, monkeypatch, tmp_path):
+    """One draw for all steps, or one for two of the three passes."""
+    seen = []
+
+    def look(agent, target, batch, noise, args):
+        seen.extend(float(passes[0][0][0].sum()) for passes in noise)
+
+    spy(monkeypatch, module, "critic_loss", before=look)
+    learn(module, tmp_path, total_timesteps=120)
+    assert len(seen) == len(set(seen)) > 100
+
+
+@bugs(
+    ("rainbow", "for network in (agent, agent, target)]", "for network in (agent, target, target)][:1] * 3"),
+    ("rainbow", "noise = [network", "noise = run.args.noise = getattr(run.args, 'noise', None) or [network"),
+)
+def test_draws_see(request, name, old, new):
+    fails_with_a_bug(request, test_each_gradient_step_draws_its_noise, name, old, new)
+
+
+@each_rainbow
+@pytest.mark.parametrize(
+    "parts", list(itertools.product([False, True], repeat=6)), ids=lambda x: "".join("01"[i] for i in x)
+)
+def test_all_combinations_run(module, parts, tmp_path):
+    """Training, checkpoint, evaluation."""
+    chosen = [name for name, wanted in zip(PARTS, parts) if wanted]
+    result = learn(module, tmp_path, total_timesteps=66, num_atoms=5, **switches(chosen))
+    assert np.isfinite(result["eval_returns"]).all()
+
+
+@each_rainbow
+def test_greedy_actions_have_no_noise(module):
+    """Evaluation by the means: the same action each time, and not that of the noise."""
+    args = module.Args(hidden_size=16)
+    agent = module.Agent(VECTOR, 3, args)
+    obs = np.random.default_rng(0).normal(size=(64, 5)).astype(np.float32)
+    greedy = agent.act(obs, greedy=True)
+    assert all((agent.act(obs, greedy=True) == greedy).all() for _ in range(5))
+    assert any((agent.act(obs) != greedy).any() for _ in range(20))
+
+
+@bugs(("rainbow", "noise = None if greedy else self.draw_noise()", "noise = self.draw_noise()"))
+def test_greedy_sees(request, name, old, new):
+    fails_with_a_bug(request, test_greedy_actions_have_no_noise, name, old, new)
