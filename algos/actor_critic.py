@@ -629,9 +629,6 @@ class Run:
         """Import what only some runs need, so that a missing package is missed before training."""
         self.wandb = None
         try:
-            if self.args.capture_video:
-                importlib.import_module("moviepy")
-                make_envs(self.args.env_id, 1, self.args.env_kwargs, render=True).close()
             if self.args.track:
                 self.wandb = importlib.import_module("wandb")
         except ModuleNotFoundError as error:
@@ -821,6 +818,15 @@ def frame(envs: gym.vector.VectorEnv, obs: np.ndarray) -> np.ndarray:
     return np.repeat(obs[0, -1, :, :, None], 3, axis=-1)
 
 
+def check_video(args: Args) -> None:
+    """Raise Refusal if --capture-video will find nothing to film with, before anything is trained."""
+    try:
+        importlib.import_module("moviepy")
+    except ModuleNotFoundError as error:
+        raise Refusal(f"a package is missing: {error}") from error
+    make_envs(args.env_id, 1, args.env_kwargs, render=True).close()
+
+
 def find_family(env_id: str, env_kwargs: str) -> str:
     """The first family that names the environment or its namespace, else the kind of its spaces; "" for none."""
     if env_id.count(":") > 1:
@@ -849,7 +855,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
     first_look.add_argument("--resume", nargs="?", const="", default="")
     given, _ = first_look.parse_known_args(argv)
     if given.resume:
-        defaults = read_config(Path(given.resume))
+        defaults = read_config(Path(given.resume)) | dict(capture_video=False)
         source = f"the arguments of {given.resume}"
     else:
         family = find_family(given.env_id, given.env_kwargs)
@@ -857,6 +863,8 @@ def parse_args(argv: list[str] | None = None) -> Args:
         source = f"the defaults for {family or 'environments of no family'}"
     args = tyro.cli(Args, args=argv, default=Args(**defaults), description=f"{__doc__}\nShown are {source}.")
     print(f"{args.env_id} with {source}", flush=True)
+    if args.capture_video:
+        check_video(args)
     return args
 
 
@@ -874,7 +882,7 @@ def read_config(folder: Path) -> dict:
         raise Refusal(f"{folder} holds no run to resume") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise Refusal(f"{path} is damaged; start the run anew in another --run-dir") from error
-    return arguments | dict(capture_video=False)
+    return arguments
 
 
 def main() -> None:

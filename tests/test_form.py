@@ -432,7 +432,7 @@ def test_exceptions_are_few_and_used():
     assert names >= twins.MAY_DIFFER
     assert len(twins.MAY_DIFFER) <= 6
     assert names >= twins.BY_KIND
-    assert len(twins.BY_KIND) <= 5
+    assert len(twins.BY_KIND) <= 3
 
 
 def test_equal_copies_have_no_drift(copies):

@@ -20,7 +20,7 @@ from typing import NamedTuple
 ALGOS = Path(__file__).parents[1] / "algos"
 RULER = "# " + 116 * "="  # below it stands what all scripts share; below a second one what a single script needs
 MAY_DIFFER = {"Args", "Agent", "Actor", "Critic", "train", "FAMILIES"}  # and the losses
-BY_KIND = {"evaluate", "parse_args", "pick_device", "read_config", "Run"}  # another text in all scripts for language
+BY_KIND = {"evaluate", "parse_args", "pick_device"}  # another text in all scripts for language
 NAMED = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign)
 
 
