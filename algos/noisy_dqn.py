@@ -20,8 +20,8 @@ every gradient step. The policy is greedy in the noisy Q; the evaluation takes t
 
     python algos/noisy_dqn.py --env-id CartPole-v1    # trains 50,000 steps
 
-Not in the paper: what dqn.py names, one draw for the actions of all environments and, on images, no noise in
-the hidden layer behind the convolutions, only in the last one.
+Not in the paper: what dqn.py names, one draw for the actions of all environments, and two noisy layers on top of plain
+features: of one layer on vectors, of the whole CNN on images, whose dense layer is noisy in the paper.
 
 Read to the end of train(); what follows the ruler is the same in every script.
 """
@@ -143,13 +143,15 @@ class NoisyMLP(nn.Module):
 
 
 class Agent(nn.Module):
-    """Q(s, .), a noisy MLP or, for images, a noisy linear layer on top of a CNN; and the policy greedy in it."""
+    """Q(s, .), a noisy MLP on plain features; and the policy that is greedy in it."""
 
     def __init__(self, obs_space: Space, num_actions: int, args: Args) -> None:
         super().__init__()
         self.encoder, width = make_encoder(obs_space)
-        hidden = [] if is_image(obs_space) else [args.hidden_size, args.hidden_size]
-        self.q = NoisyMLP([width, *hidden, num_actions], nn.ReLU, args.sigma_0)
+        if not is_image(obs_space):
+            self.encoder = nn.Sequential(self.encoder, nn.Linear(width, args.hidden_size), nn.ReLU())
+            width = args.hidden_size
+        self.q = NoisyMLP([width, args.hidden_size, num_actions], nn.ReLU, args.sigma_0)
 
     def draw_noise(self) -> list[tuple[Tensor, Tensor]]:
         """The noise of one forward pass: for each noisy layer f(e_in) and f(e_out)."""

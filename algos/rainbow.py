@@ -126,12 +126,13 @@ class Agent(nn.Module):
         self.num_atoms = args.num_atoms if args.distributional else 1
         self.encoder, width = make_encoder(obs_space)
         hidden = [] if is_image(obs_space) else [args.hidden_size, args.hidden_size]
-        num_outputs = [num_actions * self.num_atoms]  # of A(s, .) or, without a stream for V, of Q(s, .)
-        if args.dueling:
+        if args.dueling or args.noisy:  # on plain features, which the streams share
+            hidden = [args.hidden_size]
             if not is_image(obs_space):
                 self.encoder = nn.Sequential(self.encoder, nn.Linear(width, args.hidden_size), nn.ReLU())
                 width = args.hidden_size
-            hidden = [args.hidden_size]
+        num_outputs = [num_actions * self.num_atoms]  # of A(s, .) or, without a stream for V, of Q(s, .)
+        if args.dueling:
             num_outputs.append(self.num_atoms)  # of V(s)
 
         def stream(num_outputs: int) -> nn.Module:

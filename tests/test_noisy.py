@@ -49,8 +49,8 @@ def by_hand(layer, x, noise):
 
 def q_by_hand(module, agent, x, noise):
     """Q of one observation by one network, layer by layer."""
-    layers = noisy_layers(module, agent)
-    for number, layer in enumerate(layers):
+    x = agent.encoder(x[None])[0]
+    for number, layer in enumerate(noisy_layers(module, agent)):
         x = by_hand(layer, x if number == 0 else x.clamp(min=0), noise[number])
     return x
 
@@ -233,11 +233,12 @@ def test_q_by_hand(module):
     """Noise of another layer, a layer without noise, an activation behind the last layer or missing between two."""
     agent, _ = make_agent(module)
     layers = noisy_layers(module, agent)
-    assert [(layer.mu.in_features, layer.mu.out_features) for layer in layers] == [(5, 6), (6, 6), (6, 3)]
-    assert sum(isinstance(layer, torch.nn.Linear) for layer in agent.modules()) == 3  # all of them are noisy
+    assert [(layer.mu.in_features, layer.mu.out_features) for layer in layers] == [(6, 6), (6, 3)]
+    plain = [layer for layer in agent.encoder.modules() if isinstance(layer, torch.nn.Linear)]
+    assert [(layer.in_features, layer.out_features) for layer in plain] == [(5, 6)]
     obs = torch.randn(4, 5)
     noise = agent.draw_noise()
-    assert [(len(f_in), len(f_out)) for f_in, f_out in noise] == [(5, 6), (6, 6), (6, 3)]
+    assert [(len(f_in), len(f_out)) for f_in, f_out in noise] == [(6, 6), (6, 3)]
     expected = torch.stack([q_by_hand(module, agent, row, noise) for row in obs])
     torch.testing.assert_close(agent(obs, noise), expected, atol=1e-5, rtol=1e-4)
     means = torch.stack([q_by_hand(module, agent, row, silent(agent)) for row in obs])
@@ -257,14 +258,14 @@ def test_q_sees(request, name, old, new):
 
 @ours
 def test_networks_for_images(module):
-    """A last layer behind the CNN that is not noisy."""
-    for space in (FRAMES, GRID):
+    """A layer behind the CNN that is not noisy."""
+    for space, width in ((FRAMES, 512), (GRID, 128)):
         agent, _ = make_agent(module, space)
-        (layer,) = noisy_layers(module, agent)
-        assert layer is agent.q.layers[-1]
+        layers = noisy_layers(module, agent)
+        assert [(layer.mu.in_features, layer.mu.out_features) for layer in layers] == [(width, 6), (6, 3)]
         obs = torch.from_numpy(np.stack([space.sample() for _ in range(3)]))
         noise = agent.draw_noise()
-        expected = torch.stack([by_hand(layer, x, noise[0]) for x in agent.encoder(obs)])
+        expected = torch.stack([q_by_hand(module, agent, x, noise) for x in obs])
         torch.testing.assert_close(agent(obs, noise), expected, atol=1e-4, rtol=1e-4)
 
 
@@ -272,10 +273,10 @@ def test_networks_for_images(module):
 def test_noise_follows_the_network(module):
     """Noise in a number format of its own, or of the layers that the agent once had."""
     agent, args = make_agent(module)
-    agent.q = module.NoisyMLP([5, 4, 4, 4, 3], torch.nn.Tanh, args.sigma_0)
+    agent.q = module.NoisyMLP([6, 4, 4, 4, 3], torch.nn.Tanh, args.sigma_0)
     agent.double()
     noise = agent.draw_noise()
-    assert [(len(f_in), len(f_out)) for f_in, f_out in noise] == [(5, 4), (4, 4), (4, 4), (4, 3)]
+    assert [(len(f_in), len(f_out)) for f_in, f_out in noise] == [(6, 4), (4, 4), (4, 4), (4, 3)]
     assert {f.dtype for pair in noise for f in pair} == {torch.float64}
     assert agent(torch.randn(2, 5), noise).dtype == torch.float64
 
