@@ -26,6 +26,7 @@ SUITES = {
         ("a2c npg trpo trpo_penalty ppo_kl ppo_clip", "CartPole-v1", 100_000, "1-10", ""),
         ("a2c trpo ppo_kl ppo_clip", "Acrobot-v1", 300_000, "1-10", ""),
         ("trpo ppo_clip", "Pendulum-v1", 100_000, "1-10", ""),
+        ("ppo_clip", "FrozenLake-v1", 100_000, "1-10", ""),
         ("deep_sarsa", "CartPole-v1", 200_000, "1-10", ""),
         ("dqn double_dqn dueling_dqn n_step_dqn prioritized_dqn", "CartPole-v1", 50_000, "1-10", ""),
         ("noisy_dqn c51 qr_dqn rainbow", "CartPole-v1", 50_000, "1-10", ""),
