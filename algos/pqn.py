@@ -17,7 +17,7 @@ truncated and at the last of the T steps. Several epochs of minibatches then min
 
     L = E[(R - Q(s, a))^2]
 
-    python algos/pqn.py --env-id CartPole-v1    # trains 100,000 steps
+    python algos/pqn.py --env-id CartPole-v1    # 500 after 100,000 steps
 
 Not in the paper: the initial weights are PyTorch's, and the layers of a CNN are normalised over channels and pixels
 together, not pixel by pixel.

@@ -16,7 +16,7 @@ undo what this does to the mean of the gradient, wholly at the end of the run.
 What was not replayed yet has the largest priority so far, and the maximum is over all N transitions in the buffer. The
 policy is epsilon-greedy in Q, and Q_target is a copy of Q, renewed now and then.
 
-    python algos/prioritized_dqn.py --env-id CartPole-v1       # trains 50,000 steps
+    python algos/prioritized_dqn.py --env-id CartPole-v1       # 500 after 50,000 steps
     python algos/prioritized_dqn.py --env-id LunarLander-v3    # trains 300,000 steps
 
 Not in the paper: Adam in place of RMSprop, a step size that falls to 0, and one clipped gradient in place of clipped
