@@ -16,7 +16,7 @@ BEGIN = "<!-- results:begin -->"
 END = "<!-- results:end -->"
 README_HEAD = ["Script", "Environment, steps: score (best published)", "Speed"]
 README_SCORES = 3  # at most so many for each script
-README_CURVES = "HalfCheetah-v5"
+README_CURVES = ("HalfCheetah-v5", 1_000_000)
 README_NOTE = """\
 Score: interquartile mean over seeds, in brackets the best published one, whatever its protocol. Speed: steps per second
 over those of the fastest peer in stable-baselines3, sb3-contrib and SBX (JAX), the least ratio that was measured. All
@@ -135,8 +135,8 @@ def results_file(baselines: Path, references: dict[Row, dict[str, str]]) -> str:
             told = filter(None, [published(reference), reference["source"], reference["note"]])
             sources += f"- {row[0]}, {row[1]}, {row[2]:,} steps: {'; '.join(told)}\n"
     curves = ""
-    for env_id in dict.fromkeys(env_id for _, env_id, _ in kept):
-        curves += f'<img src="baselines/{curve_file(env_id)}" width="49%" alt="Learning curves on {env_id}">\n'
+    for picture in sorted({row[1:] for row in kept}):
+        curves += f'<img src="baselines/{curve_file(*picture)}" width="49%" alt="Learning curves on {picture[0]}">\n'
     sections = {
         "Where the bars and the published scores come from": sources,
         "Learning curves": curves,
@@ -197,10 +197,11 @@ def readme_part(baselines: Path, references: dict[Row, dict[str, str]]) -> str:
     for algo, by_env in scores.items():
         lines = [line for line in by_env.values() if line["reference"]["best_published"]] or list(by_env.values())
         rows.append([algo, ", ".join(map(short_score, lines[-README_SCORES:])), ratios.get(algo, "")])
-    text = f"{aligned([README_HEAD, *rows])}\n\n{README_NOTE}"
-    if any(env_id == README_CURVES for _, env_id, _ in kept):
-        picture = f"benchmark/baselines/{curve_file(README_CURVES)}"
-        text += f'\n<img src="{picture}" width="75%" alt="Learning curves on {README_CURVES}">\n'
+    table = "\n".join("| " + " | ".join(row) + " |" for row in [README_HEAD, ["---"] * len(README_HEAD), *rows])
+    text = f"{table}\n\n{README_NOTE}"
+    if any(row[1:] == README_CURVES for row in kept):
+        picture = f"benchmark/baselines/{curve_file(*README_CURVES)}"
+        text += f'\n<img src="{picture}" width="75%" alt="Learning curves on {README_CURVES[0]}">\n'
     return text
 
 

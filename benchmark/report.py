@@ -188,13 +188,13 @@ def mean_curve(curves: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     return grid, np.mean([np.interp(grid, x, y) for x, y in curves], axis=0)
 
 
-def curve_file(env_id: str) -> str:
-    """Where the learning curves of an environment lie within the baselines."""
-    return f"curves/{env_id.replace('/', '-')}.svg"
+def curve_file(env_id: str, steps: int) -> str:
+    """Where the learning curves of an environment to so many steps lie within the baselines."""
+    return f"curves/{env_id.replace('/', '-')}__{steps}.svg"
 
 
 def draw_curves(baselines: Path) -> None:
-    """A picture per environment: each seed as a thin line, the mean over seeds as a thick one."""
+    """A picture per environment and number of steps: each seed as a thin line, the mean over seeds as a thick one."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -202,12 +202,12 @@ def draw_curves(baselines: Path) -> None:
     from matplotlib import pyplot as plt
     from matplotlib.ticker import EngFormatter
 
-    figures: dict[str, plt.Figure] = {}
-    for (algo, env_id, _), runs in read_baselines(baselines, *TABULATED).items():
-        if env_id not in figures:
-            figures[env_id] = plt.figure(figsize=(7, 3.8), layout="constrained")
-        axes = figures[env_id].gca()
-        axes.set(title=env_id, xlabel="environment steps", ylabel="return of training episodes")
+    figures: dict[tuple[str, int], plt.Figure] = {}
+    for (algo, env_id, steps), runs in read_baselines(baselines, *TABULATED).items():
+        if (env_id, steps) not in figures:
+            figures[env_id, steps] = plt.figure(figsize=(7, 3.8), layout="constrained")
+        axes = figures[env_id, steps].gca()
+        axes.set(title=f"{env_id}, {steps:,} steps", xlabel="environment steps", ylabel="return of training episodes")
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.spines[["top", "right"]].set_visible(False)
         curves = [np.array(run["curve"]).T for run in runs if run["curve"]]
@@ -220,7 +220,7 @@ def draw_curves(baselines: Path) -> None:
         kind = dict(solid="-", dash="--", dot=":")[line]
         axes.plot(*mean_curve(curves), kind, color=colour, linewidth=2, label=label)
     (baselines / "curves").mkdir(parents=True, exist_ok=True)
-    for env_id, figure in figures.items():
+    for picture, figure in figures.items():
         figure.legend(loc="outside right upper", frameon=False)
-        figure.savefig(baselines / curve_file(env_id), metadata={"Date": None})
+        figure.savefig(baselines / curve_file(*picture), metadata={"Date": None})
         plt.close(figure)

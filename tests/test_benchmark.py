@@ -190,7 +190,7 @@ def test_report_keeps_results_and_check_finds_stale_files(bench, tmp_path, capsy
     readme = (tmp_path / "README.md").read_text()
     assert readme.startswith(f"before\n{markdown.BEGIN}\n| Script ")
     assert readme.endswith(f"{markdown.END}\nafter\n")
-    assert "| fake   | Toy/Env 1k: 25.0 (30.0) " in readme
+    assert "| fake | Toy/Env 1k: 25.0 (30.0) |" in readme
     results = (tmp_path / "benchmark" / "RESULTS.md").read_text()
     assert "25.0 [" in results
     assert "a/b@c:d" in results
@@ -200,7 +200,7 @@ def test_report_keeps_results_and_check_finds_stale_files(bench, tmp_path, capsy
     assert "torch" not in kept["hyperparameters"]
     assert len(kept["seeds"][0]["curve"]) == 100
     assert kept["seeds"][0]["curve"][-1][0] == 499
-    picture = tmp_path / "benchmark" / "baselines" / "curves" / "Toy-Env-v0.svg"
+    picture = tmp_path / "benchmark" / "baselines" / "curves" / "Toy-Env-v0__1000.svg"
     assert f'src="{picture.relative_to(tmp_path / "benchmark")}"' in results
     before = [file.read_bytes() for file in (picture, path)]
     assert bench("report", "--check") == 0
@@ -350,8 +350,8 @@ def test_one_run_has_a_curve_but_is_no_result(bench, tmp_path, capsys):
     for text in (results, (tmp_path / "README.md").read_text()):
         assert "| fake " not in text
         assert "20.0" not in text
-    assert "Toy-Env-v0.svg" in results
-    picture = tmp_path / "benchmark" / "baselines" / "curves" / "Toy-Env-v0.svg"
+    assert "Toy-Env-v0__1000.svg" in results
+    picture = tmp_path / "benchmark" / "baselines" / "curves" / "Toy-Env-v0__1000.svg"
     assert "<!-- fake, 1 seed -->" in picture.read_text()
     assert 'class="opener"' not in (tmp_path / "page.html").read_text()
 
@@ -363,7 +363,7 @@ def test_the_table_of_the_readme_by_hand(tmp_path, monkeypatch):
     suite += [("one", "A-v0", 5, "1", "")]
     monkeypatch.setitem(SUITES, "toy", suite)
     monkeypatch.setattr(report, "TABULATED", ["toy"])
-    monkeypatch.setattr(markdown, "README_CURVES", "Env3-v3")
+    monkeypatch.setattr(markdown, "README_CURVES", ("Env3-v3", 10_000_000))
     references = {}
     for i, (row, cells) in enumerate(report.suite_rows("toy").items()):
         runs = [dict(seed=cell.seed, eval_mean=i - 1234.25, sps=1.0) for cell in cells]
@@ -379,14 +379,14 @@ def test_the_table_of_the_readme_by_hand(tmp_path, monkeypatch):
         ["many", "Env1 100k: -1,233 (100.0), Env2 1M: -1,232 (100.0), Env4 100M: -1,230 (100.0)", "1.25 x sbx.X"],
         ["none", "Env0 10k: -1,228", ""],
     ]
-    assert lines[-1].startswith('<img src="benchmark/baselines/curves/Env3-v3.svg"')
+    assert lines[-1].startswith('<img src="benchmark/baselines/curves/Env3-v3__10000000.svg"')
 
 
 def test_the_files_of_the_repository_are_short_and_whole():
     """The README's part leaves room for the rest of it; every picture and file that is linked to is there."""
     readme = (ROOT / "README.md").read_text()
     part = readme[readme.index(markdown.BEGIN) : readme.index(markdown.END)]
-    assert len(part) < 3000
+    assert len(part) < 3500
     assert part.count("<img") == 1
     results = (ROOT / "benchmark" / "RESULTS.md").read_text()
     assert results.count("<img") >= 10
