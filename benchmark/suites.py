@@ -17,7 +17,7 @@ SUITES = {
         ("reinforce", "CartPole-v1", 200_000, "1-10", ""),
         ("actor_critic", "CartPole-v1", 200_000, "1-10", ""),
         ("dqn double_dqn dueling_dqn prioritized_dqn", "CartPole-v1", 50_000, "1-10", ""),
-        ("c51 qr_dqn rainbow", "CartPole-v1", 50_000, "1-10", ""),
+        ("c51 qr_dqn", "CartPole-v1", 50_000, "1-10", ""),
         ("pqn", "CartPole-v1", 100_000, "1-10", ""),
         ("deep_sarsa", "CartPole-v1", 200_000, "1-10", ""),
         ("ddpg td3 sac", "Pendulum-v1", 10_000, "1-10", ""),
