@@ -19,8 +19,9 @@ README_SCORES = 3  # at most so many for each script
 README_CURVES = ("HalfCheetah-v5", 1_000_000)
 README_NOTE = """\
 Score: interquartile mean over seeds, in brackets the best published one, whatever its protocol. Speed: steps per second
-over those of the fastest peer in stable-baselines3, sb3-contrib and SBX (JAX), the least ratio that was measured. All
-scores with their intervals, sources and curves are in [benchmark/RESULTS.md](benchmark/RESULTS.md).
+over those of the fastest peer in stable-baselines3, sb3-contrib and SBX (JAX), the least ratio that was measured. It is
+older than the present form of the scripts, and will be measured again. All scores with their intervals, sources and
+curves are in [benchmark/RESULTS.md](benchmark/RESULTS.md).
 """
 ABOUT = """\
 # Results
@@ -36,7 +37,7 @@ prints them as here, and `--algo`, `--env` and `--seeds` choose among its runs.
 PASS: not below the bar, with all seeds of the suite; short: not below it, with fewer. Bars and published scores with
 their sources are in [`references.csv`](references.csv), the score and the curve of every seed in
 [`baselines/`](baselines). Steps per second in this table are of runs side by side; the comparison of speed at the end
-had the machine to itself.
+had the machine to itself, but was made before the scripts took their present form, and will be made again.
 """
 PAPER = """\
 The experiment of the PPO paper (section 6.1) with these scripts: mean return of the last 100 training episodes after 1M
