@@ -121,6 +121,38 @@ def test_parts_see(request, tmp_path, name, old, new):
 
 
 @each_rainbow
+def test_the_error_of_a_distribution_is_a_divergence(module):
+    """Priorities by the cross-entropy, which does not fall to 0 where nothing is left to learn."""
+    args = module.Args(hidden_size=16, noisy=False, v_min=-5.0, v_max=5.0, num_atoms=11)
+    agent, target = (module.Agent(VECTOR, 3, args) for _ in range(2))
+    batch = make_batch(module)
+    _, metrics = module.critic_loss(agent, target, batch, [None, None, None], args)
+    with torch.no_grad():
+        next_actions = agent(batch["next_obs"]).argmax(-1)
+        probs = agent.outputs(batch["obs"]).softmax(-1)
+        next_probs = target.outputs(batch["next_obs"]).softmax(-1)
+    for row, error in enumerate(metrics["td_error"]):
+        one = slice(row, row + 1)
+        p = next_probs[one, next_actions[row]]
+        m = module.project(p, batch["rewards"][one], batch["terminated"][one], target.support, batch["discounts"][one])
+        q = probs[row, batch["actions"][row]]
+        divergence = sum(m_i * (m_i / q_i).log() for m_i, q_i in zip(m[0], q) if m_i > 0)
+        torch.testing.assert_close(error, divergence)
+
+
+@bugs(
+    ("rainbow", 'errors = F.kl_div(outputs.log_softmax(-1), m, reduction="none").sum(-1)', "errors = losses"),
+    (
+        "rainbow",
+        'outputs.log_softmax(-1), m, reduction="none").sum(-1)',
+        'outputs.log_softmax(-1), m, reduction="none").mean(-1)',
+    ),
+)
+def test_divergence_sees(request, name, old, new):
+    fails_with_a_bug(request, test_the_error_of_a_distribution_is_a_divergence, name, old, new)
+
+
+@each_rainbow
 @pytest.mark.parametrize("distributional", [False, True])
 def test_three_draws_of_noise(module, distributional):
     """The noise of Q(s, a), of the choice of a' and of the target are those that were handed in, each for itself."""
