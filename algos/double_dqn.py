@@ -694,7 +694,7 @@ class Run:
 
     def show_progress(self, step: int) -> None:
         """Move the bar or, where there is no terminal, print a line every ten seconds."""
-        status = f"return {np.mean(self.last_returns):.1f}" if self.last_returns else "no episode has ended"
+        status = f"return {np.mean(self.last_returns):.2f}" if self.last_returns else "no episode has ended"
         self.bar.set_postfix_str(status, refresh=False)
         self.bar.update(step - self.bar.n)
         if self.bar.disable and time.time() > self.next_line:
@@ -776,7 +776,7 @@ class Run:
             self.wandb.finish()
         self.lock.release()
         cut = f", {evaluation['eval_cut']} of {len(returns)} episodes cut" if evaluation["eval_cut"] else ""
-        print(f"{self.dir}: evaluation {np.mean(returns):.1f} +- {np.std(returns):.1f}{cut}")
+        print(f"{self.dir}: evaluation {np.mean(returns):.2f} +- {np.std(returns):.2f}{cut}")
         return result
 
 

@@ -522,6 +522,43 @@ def action_map(space: Space) -> Callable[[np.ndarray], np.ndarray]:
     return to_env
 
 
+def load_agent(folder: str, obs_space: Space, action_space: Space, device: torch.device) -> nn.Module:
+    """The agent of a run of any script beside this one: agent.act(obs, greedy) is its policy. Raises Refusal."""
+    try:
+        algo = json.loads((Path(folder) / "config.json").read_text())["algo"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise Refusal(f"{folder} holds no run: its config.json is missing or damaged") from error
+    path = Path(__file__).with_name(f"{algo}.py")
+    if not path.exists():
+        raise Refusal(f"{folder} holds a run of {algo}, but there is no script {path}")
+    spec = importlib.util.spec_from_file_location(algo, path)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    if not hasattr(script.Agent, "act"):
+        raise Refusal(f"{folder} holds a run of {algo}, which learns no policy")
+
+    try:
+        settings = script.Args(**script.read_config(Path(folder)))
+        envs = script.make_envs(settings.env_id, 1, settings.env_kwargs)
+    except script.Refusal as error:
+        raise Refusal(str(error)) from error
+    envs.close()
+    for ours, theirs in ((obs_space, envs.single_observation_space), (action_space, envs.single_action_space)):
+        if ours != theirs:
+            raise Refusal(f"{folder} holds a policy for another environment: its space {theirs} is not {ours}")
+
+    numbered = "num_actions" in inspect.signature(script.Agent).parameters
+    agent = script.Agent(obs_space, gym.spaces.flatdim(action_space) if numbered else action_space, settings)
+    try:
+        checkpoint = torch.load(Path(folder) / "checkpoint.pt", map_location="cpu")
+        agent.load_state_dict(checkpoint["agent"])
+    except Exception as error:  # what is raised depends on where the file is damaged
+        raise Refusal(f"the checkpoint of {folder} is missing or damaged") from error
+    if hasattr(agent, "epsilon"):
+        agent.epsilon = settings.end_e  # as it was at the end of training
+    return agent.eval().to(device)
+
+
 class Run:
     """A run's directory with its files, its progress bar and, with --track, its page on wandb."""
 
@@ -625,7 +662,7 @@ class Run:
 
     def show_progress(self, step: int) -> None:
         """Move the bar or, where there is no terminal, print a line every ten seconds."""
-        status = f"return {np.mean(self.last_returns):.1f}" if self.last_returns else "no episode has ended"
+        status = f"return {np.mean(self.last_returns):.2f}" if self.last_returns else "no episode has ended"
         self.bar.set_postfix_str(status, refresh=False)
         self.bar.update(step - self.bar.n)
         if self.bar.disable and time.time() > self.next_line:
@@ -707,7 +744,7 @@ class Run:
             self.wandb.finish()
         self.lock.release()
         cut = f", {evaluation['eval_cut']} of {len(returns)} episodes cut" if evaluation["eval_cut"] else ""
-        print(f"{self.dir}: evaluation {np.mean(returns):.1f} +- {np.std(returns):.1f}{cut}")
+        print(f"{self.dir}: evaluation {np.mean(returns):.2f} +- {np.std(returns):.2f}{cut}")
         return result
 
 
@@ -822,7 +859,7 @@ def main() -> None:
 
 
 # ====================================================================================================================
-# What follows is for this script alone: how V is judged, the random walk, and policies of other scripts.
+# What follows is for this script alone: how V is judged, and the random walk.
 
 
 @torch.no_grad()
@@ -851,7 +888,9 @@ def evaluate_values(agent: nn.Module, policy: Callable, args: Args, folder: Path
     if len(errors) == 0:
         values, returns, num_cut = play(agent, policy, args, folder)
         errors = values - returns
-    return dict(eval_returns=(-abs(errors)).tolist(), eval_cut=num_cut, rmse=float(np.sqrt(np.mean(errors**2))))
+    rmse = float(np.sqrt(np.mean(errors**2)))
+    print(f"root mean square error of V: {rmse:.4f}")
+    return dict(eval_returns=(-abs(errors)).tolist(), eval_cut=num_cut, rmse=rmse)
 
 
 @torch.no_grad()
@@ -931,43 +970,6 @@ class RandomWalk(gym.Env):
         r[0] = -0.5
         r[-1] = 0.5
         return np.linalg.solve(np.eye(19) - gamma * P, r)
-
-
-def load_agent(folder: str, obs_space: Space, action_space: Space, device: torch.device) -> nn.Module:
-    """The agent of a run of any script beside this one: agent.act(obs, greedy) is its policy. Raises Refusal."""
-    try:
-        algo = json.loads((Path(folder) / "config.json").read_text())["algo"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise Refusal(f"{folder} holds no run: its config.json is missing or damaged") from error
-    path = Path(__file__).with_name(f"{algo}.py")
-    if not path.exists():
-        raise Refusal(f"{folder} holds a run of {algo}, but there is no script {path}")
-    spec = importlib.util.spec_from_file_location(algo, path)
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    if not hasattr(script.Agent, "act"):
-        raise Refusal(f"{folder} holds a run of {algo}, which learns no policy")
-
-    try:
-        settings = script.Args(**script.read_config(Path(folder)))
-        envs = script.make_envs(settings.env_id, 1, settings.env_kwargs)
-    except script.Refusal as error:
-        raise Refusal(str(error)) from error
-    envs.close()
-    for ours, theirs in ((obs_space, envs.single_observation_space), (action_space, envs.single_action_space)):
-        if ours != theirs:
-            raise Refusal(f"{folder} holds a policy for another environment: its space {theirs} is not {ours}")
-
-    numbered = "num_actions" in inspect.signature(script.Agent).parameters
-    agent = script.Agent(obs_space, gym.spaces.flatdim(action_space) if numbered else action_space, settings)
-    try:
-        checkpoint = torch.load(Path(folder) / "checkpoint.pt", map_location="cpu")
-        agent.load_state_dict(checkpoint["agent"])
-    except Exception as error:  # what is raised depends on where the file is damaged
-        raise Refusal(f"the checkpoint of {folder} is missing or damaged") from error
-    if hasattr(agent, "epsilon"):
-        agent.epsilon = settings.end_e  # as it was at the end of training
-    return agent.eval().to(device)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from typing import Literal
 
 import tyro
 
-from benchmark import markdown, report, speed
+from benchmark import markdown, pictures, report, speed
 from benchmark.run import Cell, Local, file_name, parse_seeds, read_result, replace_text, run_cells, suite_cells
 
 FOLDER = Path(__file__).parent
@@ -45,7 +45,7 @@ def launch(cells: list[Cell], workers: int | None, out: Path, algos: Path, addre
 class Run:
     """Train what is missing of a suite and print its table; exits 1 if a run failed or a row is below its bar."""
 
-    suite: str  # ci, classic, unsteady, box2d, mujoco, minatar, atari or ppo_paper: rows of benchmark/suites.py
+    suite: str  # ci, classic, unsteady, box2d, mujoco, prediction, imitation, language, minatar, atari or ppo_paper
     algo: str = ""  # only this algorithm
     env: str = ""  # only this environment
     seeds: str = ""  # instead of those of the suite, like 1-3,7
@@ -89,7 +89,7 @@ class Run:
 class Check:
     """Train fresh seeds of a suite; exits 1 where they are worse than the baselines or a run failed."""
 
-    suite: str  # ci, classic, unsteady, box2d, mujoco, minatar, atari or ppo_paper: rows of benchmark/suites.py
+    suite: str  # ci, classic, unsteady, box2d, mujoco, prediction, imitation, language, minatar, atari or ppo_paper
     algo: str = ""  # only this algorithm
     env: str = ""  # only this environment
     neutral: str = ""  # a git revision: leave out scripts that do what they did there
@@ -153,7 +153,7 @@ class Report:
         if not self.check:
             report.collect(self.runs, self.baselines)
             report.keep_random_returns(self.baselines)
-            report.draw_curves(self.baselines)
+            pictures.draw_all(self.baselines)
         references = report.read_references(self.references)
         part = markdown.readme_part(self.baselines, references)
         texts = {

@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 
 from benchmark import report, speed
-from benchmark.report import Row, curve_file, read_baselines
+from benchmark.pictures import IMITATION, LANGUAGE, curve_file
+from benchmark.report import Row, iqm_interval, read_baselines
 from benchmark.run import read_object
-from benchmark.suites import PPO_PAPER, PPO_PAPER_ENVS
+from benchmark.suites import NO_FLOOR, PPO_PAPER, PPO_PAPER_ENVS
 
 HEAD = ["Algorithm", "Environment", "Steps", "IQM [95% interval]", "Seeds", "Bar", "Best published", "Steps/s", ""]
 BEGIN = "<!-- results:begin -->"
@@ -19,9 +20,9 @@ README_SCORES = 3  # at most so many for each script
 README_CURVES = ("HalfCheetah-v5", 1_000_000)
 README_NOTE = """\
 Score: interquartile mean over seeds, in brackets the best published one, whatever its protocol. Speed: steps per second
-over those of the fastest peer in stable-baselines3, sb3-contrib and SBX (JAX), the least ratio that was measured. It is
-older than the present form of the scripts, and will be measured again. All scores with their intervals, sources and
-curves are in [benchmark/RESULTS.md](benchmark/RESULTS.md).
+over those of the fastest peer in stable-baselines3, sb3-contrib and SBX (JAX), the least ratio that was measured. But
+for dqn, td3, a2c, trpo and ppo_clip on CartPole it is older than the present form of the scripts. All scores with their
+intervals, sources and curves are in [benchmark/RESULTS.md](benchmark/RESULTS.md).
 """
 ABOUT = """\
 # Results
@@ -37,7 +38,7 @@ prints them as here, and `--algo`, `--env` and `--seeds` choose among its runs.
 PASS: not below the bar, with all seeds of the suite; short: not below it, with fewer. Bars and published scores with
 their sources are in [`references.csv`](references.csv), the score and the curve of every seed in
 [`baselines/`](baselines). Steps per second in this table are of runs side by side; the comparison of speed at the end
-had the machine to itself, but was made before the scripts took their present form, and will be made again.
+had the machine to itself. There, what rests on two runs was measured before the scripts took their present form.
 """
 PAPER = """\
 The experiment of the PPO paper (section 6.1) with these scripts: mean return of the last 100 training episodes after 1M
@@ -56,17 +57,42 @@ there. An environment enters the table when every setting has been run there:
 """
 
 
+MEASURES = {  # by suite: title, what is said of the numbers beside the score, and the picture if there is one
+    "prediction": ("The values of a random walk", """\
+The policy is given, so the score is minus the mean error of V. The root mean square error (rmse) over the 19 states is
+what the textbook's figures show; the values themselves lie between -0.9 and 0.9.
+""", ""),
+    "imitation": ("Learning from demonstrations", """\
+The demonstrator is the heuristic that comes with the environment, and demonstrator_mean the mean return of the episodes
+that it shows. A clone is taught by these alone; DAgger sees one, and then lets the demonstrator label its own.
+""", IMITATION),
+    "language": ("Language models", """\
+Means over responses of the final evaluation, whose names are those of result.json: the score, the true reward, before
+training (eval_before), if the reward model chooses the best of 16 responses of the reference (eval_best_of_16), and
+after training; the reward model's view of the last (eval_proxy), the KL to the reference per response in nats, and the
+shares of texts that end and that are different. taste_accuracy is how often people choose what is truly better,
+rm_accuracy how often the reward model foresees their choice on pairs that it was not fitted to. The bars are ours:
+nobody has published scores of this task.
+""", LANGUAGE),
+}  # fmt: skip
+
+
 def published(reference: dict[str, str]) -> str:
     """The best published score and how it was obtained, or nothing."""
     return "{best_published} ({protocol})".format(**reference) if reference["best_published"] else ""
 
 
+def number(value: float) -> str:
+    """A score with one digit behind the point, or two if it is small."""
+    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
+
+
 def table_row(line: dict) -> list[str]:
     """A line from `summarise` as text under HEAD."""
     algo, env_id, steps = line["row"]
-    score = f"{line['iqm']:.1f}"
+    score = number(line["iqm"])
     if line["n"] > 1:
-        score += f" [{line['low']:.1f}, {line['high']:.1f}]"
+        score += f" [{number(line['low'])}, {number(line['high'])}]"
     bar = line["reference"]["bar"]
     sps = f"{line['sps']:,.0f}"
     return [algo, env_id, f"{steps:,}", score, str(line["n"]), bar, published(line["reference"]), sps, line["verdict"]]
@@ -120,6 +146,24 @@ def paper_section(baselines: Path) -> str:
     return f"{PAPER}\n{compared}\n\n{PAPER_NOTE}" if compared else ""
 
 
+def measures_section(suite: str, baselines: Path) -> str:
+    """The numbers beside the score of the rows of a suite, interquartile means; empty if nothing was run."""
+    kept = read_baselines(baselines, suite)
+    names = list(dict.fromkeys(name for runs in kept.values() for name in runs[0].get("numbers", {})))
+    rows = [["Algorithm", "Seeds", "score", *names]]
+    for row, runs in kept.items():
+        cells = [row[0], str(len(runs))]
+        for name in ["eval_mean", *names]:
+            values = [run["numbers"].get(name) if name in names else run[name] for run in runs]
+            cells.append("" if None in values else number(iqm_interval(np.array([values]).T)[0]))
+        rows.append(cells)
+    if not kept:
+        return ""
+    title, text, picture = MEASURES[suite]
+    text += f"\n{aligned(rows)}\n"
+    return text + f'\n<img src="baselines/{picture}" alt="{title}">\n' if picture else text
+
+
 def speed_section(baselines: Path) -> str:
     """What was measured of speed; empty if nothing was."""
     path = baselines / "speed.json"
@@ -136,11 +180,13 @@ def results_file(baselines: Path, references: dict[Row, dict[str, str]]) -> str:
             told = filter(None, [published(reference), reference["source"], reference["note"]])
             sources += f"- {row[0]}, {row[1]}, {row[2]:,} steps: {'; '.join(told)}\n"
     curves = ""
-    for picture in sorted({row[1:] for row in kept}):
+    for picture in sorted({row[1:] for row in kept if row[1] not in NO_FLOOR}):
         curves += f'<img src="baselines/{curve_file(*picture)}" width="49%" alt="Learning curves on {picture[0]}">\n'
+    measures = {title: measures_section(suite, baselines) for suite, (title, *_) in MEASURES.items()}
     sections = {
         "Where the bars and the published scores come from": sources,
         "Learning curves": curves,
+        **measures,
         "The experiment of the PPO paper": paper_section(baselines),
         "Speed": speed_section(baselines),
     }
@@ -153,7 +199,7 @@ def results_file(baselines: Path, references: dict[Row, dict[str, str]]) -> str:
 
 def short_number(value: float) -> str:
     """A score in few digits."""
-    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.1f}"
+    return f"{value:,.0f}" if abs(value) >= 100 else number(value)
 
 
 def short_steps(steps: int) -> str:

@@ -4,7 +4,6 @@ import csv
 import importlib
 import itertools
 import json
-import textwrap
 from collections import defaultdict
 from datetime import datetime, timezone
 from pathlib import Path
@@ -13,8 +12,8 @@ import gymnasium as gym
 import numpy as np
 from scipy.stats import trim_mean
 
-from benchmark.run import Cell, file_name, read_object, read_result, replace_text, suite_cells
-from benchmark.suites import SUITES, TABULATED
+from benchmark.run import Cell, file_name, is_number, read_object, read_result, replace_text, suite_cells
+from benchmark.suites import NO_FLOOR, SUITES, TABULATED
 
 Row = tuple[str, str, int]  # algorithm with its flags, environment, steps
 FOLDER = Path(__file__).parent
@@ -22,6 +21,7 @@ PACKAGES = ("torch", "gymnasium", "numpy", "mujoco", "ale-py", "MinAtar", "Box2D
 # What config.json holds beside hyperparameters; older scripts recorded all versions and the commit there.
 PLUMBING = {"algo", "seed", "run_dir", "track", "capture_video", "checkpoint_every", "resume", "torch", "gymnasium"}
 PLUMBING |= {"versions", "git_commit"}
+COUNTS = {"seed", "total_timesteps", "trained_steps", "eval_cut"}  # what result.json holds beside measurements
 # Nine of the ten colours of Petroff (2021), which colour-blind readers can tell apart; the tenth is faint on white.
 COLOURS = ["#94a4a2", "#b9ac70", "#ffa90e", "#a96b59", "#832db6", "#717581", "#e76300", "#3f90da", "#bd1f01"]
 
@@ -65,12 +65,13 @@ def suite_rows(*suites: str) -> dict[Row, list[Cell]]:
     return rows
 
 
-def learning_curve(run_dir: Path, points: int = 100) -> list[list[float]]:
-    """At most `points` pairs of global step and mean return of the training episodes."""
+def learning_curve(run_dir: Path, name: str = "episodic_return", points: int = 100) -> list[list[float]]:
+    """At most `points` pairs of global step and mean of a metric of the training episodes; none if it is not there."""
     path = run_dir / "metrics.jsonl"
     try:
         lines = [json.loads(line) for line in path.read_text().splitlines()]
-        data = np.array([(x["global_step"], x["episodic_return"], x["episodes"]) for x in lines if x["episodes"]])
+        lines = [line for line in lines if name in line]
+        data = np.array([(x["global_step"], x[name], x["episodes"]) for x in lines if x["episodes"]])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged") from error
     chunks = np.array_split(data, min(points, len(data))) if len(data) else []
@@ -86,6 +87,11 @@ def kept_run(run_dir: Path, seed: int, result: dict) -> dict:
     kept = dict(seed=seed)
     for name in ("eval_returns", "eval_mean", "train_return", "sps", "wall_time"):
         kept[name] = result.get(name)
+    numbers = {name: value for name, value in result.items() if is_number(value) and name not in {*kept, *COUNTS}}
+    if numbers:
+        kept["numbers"] = numbers
+    if "eval_kl" in result:
+        kept["curves"] = {name: learning_curve(run_dir, name) for name in ("proxy_reward", "kl")}
     return kept | dict(
         date=str(finished.date()),
         git_commit=origin.get("git_commit"),
@@ -133,6 +139,11 @@ def read_baselines(baselines: Path, *suites: str) -> dict[Row, list[dict]]:
     return {row: read_object(path)["seeds"] for row, path in paths.items() if path.exists()}
 
 
+def read_hyperparameters(baselines: Path, row: Row) -> dict:
+    """The hyperparameters of a row's kept runs."""
+    return read_object(baselines / f"{file_name(row)}.json")["hyperparameters"]
+
+
 def random_return(env_id: str, episodes: int = 100) -> float:
     """Mean return of uniformly random actions."""
     if env_id.startswith("ALE/"):
@@ -159,10 +170,10 @@ def read_random_returns(baselines: Path) -> dict[str, float]:
 
 
 def keep_random_returns(baselines: Path) -> None:
-    """Store the scores of the random policy on the environments that were run."""
+    """Store the scores of the random policy on the environments that were run and have one."""
     known = read_random_returns(baselines)
     for _, env_id, _ in read_baselines(baselines, *SUITES):
-        if env_id not in known:
+        if env_id not in known and env_id not in NO_FLOOR:
             known[env_id] = random_return(env_id)
     if known:
         replace_text(baselines / "random.json", json.dumps(known, indent=1) + "\n")
@@ -186,41 +197,3 @@ def mean_curve(curves: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
     """Steps that all curves cover and the mean over curves there."""
     grid = np.linspace(max(x[0] for x, _ in curves), min(x[-1] for x, _ in curves), 100)
     return grid, np.mean([np.interp(grid, x, y) for x, y in curves], axis=0)
-
-
-def curve_file(env_id: str, steps: int) -> str:
-    """Where the learning curves of an environment to so many steps lie within the baselines."""
-    return f"curves/{env_id.replace('/', '-')}__{steps}.svg"
-
-
-def draw_curves(baselines: Path) -> None:
-    """A picture per environment and number of steps: each seed as a thin line, the mean over seeds as a thick one."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "foliorl"  # equal results give equal files
-    from matplotlib import pyplot as plt
-    from matplotlib.ticker import EngFormatter
-
-    figures: dict[tuple[str, int], plt.Figure] = {}
-    for (algo, env_id, steps), runs in read_baselines(baselines, *TABULATED).items():
-        if (env_id, steps) not in figures:
-            figures[env_id, steps] = plt.figure(figsize=(7, 3.8), layout="constrained")
-        axes = figures[env_id, steps].gca()
-        axes.set(title=f"{env_id}, {steps:,} steps", xlabel="environment steps", ylabel="return of training episodes")
-        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-        axes.spines[["top", "right"]].set_visible(False)
-        curves = [np.array(run["curve"]).T for run in runs if run["curve"]]
-        if not curves:  # no episode ended
-            continue
-        colour, line = styles()[algo]
-        for curve in curves:
-            axes.plot(*curve, color=colour, linewidth=0.5, alpha=0.4, zorder=1)
-        label = textwrap.fill(f"{algo}, {len(curves)} seed{'s' * (len(curves) > 1)}", 30, break_on_hyphens=False)
-        kind = dict(solid="-", dash="--", dot=":")[line]
-        axes.plot(*mean_curve(curves), kind, color=colour, linewidth=2, label=label)
-    (baselines / "curves").mkdir(parents=True, exist_ok=True)
-    for picture, figure in figures.items():
-        figure.legend(loc="outside right upper", frameon=False)
-        figure.savefig(baselines / curve_file(*picture), metadata={"Date": None})
-        plt.close(figure)

@@ -51,6 +51,26 @@ SUITES = {
         ("ddpg td3 sac", "HalfCheetah-v5", 100_000, "1-5", ""),
         ("td3 sac", "Hopper-v5", 1_000_000, "1", ""),
     ],
+    "prediction": [
+        ("td_prediction", "RandomWalk-v0", 3_000_000, "1-10", ""),
+        ("td_prediction", "RandomWalk-v0", 3_000_000, "1-10", "--method mc"),
+    ],
+    "imitation": [
+        ("behavior_cloning", "LunarLander-v3", 500_000, "1-10", "--num-demonstrations 1"),
+        ("behavior_cloning", "LunarLander-v3", 500_000, "1-10", "--num-demonstrations 3"),
+        ("behavior_cloning", "LunarLander-v3", 500_000, "1-10", ""),
+        ("behavior_cloning", "LunarLander-v3", 500_000, "1-10", "--num-demonstrations 30"),
+        ("behavior_cloning", "LunarLander-v3", 500_000, "1-10", "--num-demonstrations 60"),
+        ("dagger", "LunarLander-v3", 2_800_000, "1-10", "--num-labelled 2"),
+        ("dagger", "LunarLander-v3", 2_800_000, "1-10", ""),
+    ],
+    "language": [
+        ("ppo_rlhf", "reviews", 100_000, "1-10", ""),
+        ("ppo_rlhf", "reviews", 100_000, "1-10", "--kl-coef 0"),
+        ("ppo_rlhf", "reviews", 100_000, "1-10", "--kl-coef 0.3"),
+        ("dpo", "reviews", 104_000, "1-10", ""),
+        ("grpo", "countdown", 400_000, "1-10", ""),
+    ],
     "minatar": [("ppo_clip dqn noisy_dqn qr_dqn rainbow pqn", "MinAtar/Breakout-v1", 1_000_000, "1-3", "")],
     "atari": [("ppo_clip", "ALE/Pong-v5", 1_000_000, "1-2", FIRST_MILLION)],
 }
@@ -80,4 +100,5 @@ PPO_PAPER_ENVS = [
 SUITES["ppo_paper"] = [
     (algo, env_id, 1_000_000, "1-3", flags) for env_id in PPO_PAPER_ENVS for _, algo, flags, _ in PPO_PAPER
 ]
+NO_FLOOR = {"RandomWalk-v0", "reviews", "countdown"}  # where a policy that acts at random has no score
 TABULATED = [suite for suite in SUITES if suite not in ("ci", "ppo_paper")]  # ppo_paper has a table of its own

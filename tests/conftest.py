@@ -15,6 +15,11 @@ def is_language(module) -> bool:
     return hasattr(module.Args, "max_new_tokens")
 
 
+def is_imitation(module) -> bool:
+    """Whether the script learns from demonstrations: its steps are samples and no reward teaches it anything."""
+    return hasattr(module.Args, "top_fraction")
+
+
 MODULES = [module for module in ALL if not is_language(module)]  # they act in environments of Gymnasium
 LANGUAGE = [module for module in ALL if is_language(module)]
 ON_POLICY = [module for module in MODULES if hasattr(module, "compute_gae")]
@@ -43,6 +48,7 @@ def make_args(module, folder, **given):
     """Arguments of a short plain run in a folder; those of `given` that the script does not have are left out."""
     plain = dict(run_dir=str(folder / "run"), eval_episodes=2, torch_threads=1, norm_obs=False, norm_reward=False)
     plain |= dict(anneal_lr=False, compile=False, num_workers=1)  # of others, tests see nothing
+    plain |= dict(demonstrations="uniform", num_demonstrations=2)  # there is a demonstrator in every environment
     return module.Args(**{name: value for name, value in (plain | given).items() if hasattr(module.Args, name)})
 
 

@@ -14,6 +14,8 @@ TINY = dict(  # settings for a run of a second; a script takes those that it has
     num_envs=2, num_steps=16, num_minibatches=2, update_epochs=1, eval_episodes=2, torch_threads=1,
     batch_size=16, buffer_size=1000, learning_starts=32, hidden_size=16, log_every=64, compile=False, num_workers=1,
     num_responses=4, max_new_tokens=6, num_demonstrations=40, sft_steps=2, num_pairs=20, rm_epochs=1, num_layers=1,
+    num_generations=2,
+    demonstrations="uniform", play_every=64,
 )  # fmt: skip
 
 SERVER = multiprocessing.get_context("forkserver")
@@ -24,6 +26,8 @@ SERVER.set_forkserver_preload(
 
 def tiny(module, **settings) -> dict:
     """TINY and `settings`, as far as the script has such flags."""
+    if hasattr(module.Args, "top_fraction"):  # it learns from episodes of other lengths than those of texts
+        settings = dict(num_demonstrations=2) | settings
     return {name: value for name, value in (TINY | settings).items() if hasattr(module.Args, name)}
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ALL, MODULES
+from conftest import ALL, MODULES, is_imitation
 from launch import Process, flags, tiny
 
 
@@ -26,6 +26,7 @@ def each(modules):
 
 
 each_module = each(MODULES)
+each_rewarded = each([module for module in MODULES if not is_imitation(module)])  # their steps are the environments'
 each_off_policy = each([module for module in MODULES if hasattr(module, "ReplayBuffer")])
 each_back = each([module for module in MODULES if name_of(module) in ("ppo_clip", "td3")])  # the back is one text
 

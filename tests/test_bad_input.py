@@ -19,6 +19,7 @@ from runs import (
     each,
     each_back,
     each_module,
+    each_rewarded,
     fails_with_a_bug,
     finished_run,
     is_continuous,
@@ -428,7 +429,7 @@ def test_tracking_without_login(module, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@each_module
+@each_rewarded
 def test_training_that_diverges(module, own, tmp_path):
     """The first loss that is not a number ends the run; the last good checkpoint is whole and good."""
     env_id = own(module, bad_after=100)

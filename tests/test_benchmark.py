@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmark import markdown, report
+from benchmark import markdown, pictures, report
 from benchmark.__main__ import COMMANDS, main
 from benchmark.run import Cell, command, parse_seeds, read_result, suite_cells
 from benchmark.suites import SUITES
@@ -408,6 +408,53 @@ def test_curves_weigh_episodes_and_leave_out_iterations_without(tmp_path):
     assert report.learning_curve(tmp_path, points=1) == [[3.0, 3.0]]
     (tmp_path / "metrics.jsonl").write_text("")
     assert report.learning_curve(tmp_path) == []
+
+
+def test_numbers_beside_the_score_are_kept(tmp_path):
+    """Whatever result.json measures beside what every run has; of language models the proxy and the KL as curves."""
+    lines = [dict(global_step=i, episodes=1, episodic_return=i, kl=2 * i, proxy_reward=-i) for i in (1, 2)]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    plain = WHOLE | dict(algo="a", seed=1, total_timesteps=2, trained_steps=2, eval_cut=0, train_return=None)
+    (tmp_path / "result.json").write_text(json.dumps(plain))
+    kept = report.kept_run(tmp_path, 1, plain)
+    assert kept["curve"] == [[1.0, 1.0], [2.0, 2.0]]
+    assert not {"numbers", "curves"} & set(kept)
+    kept = report.kept_run(tmp_path, 1, plain | dict(rmse=0.5))
+    assert kept["numbers"] == dict(rmse=0.5)
+    assert "curves" not in kept
+    kept = report.kept_run(tmp_path, 1, plain | dict(eval_kl=3.0))
+    assert kept["curves"] == dict(proxy_reward=[[1.0, -1.0], [2.0, -2.0]], kl=[[1.0, 2.0], [2.0, 4.0]])
+
+
+def test_sections_and_pictures_of_demonstrations_and_language(tmp_path, monkeypatch):
+    """Tables of the numbers beside the scores, by hand; pictures show every row and lie where they are linked to."""
+    monkeypatch.setattr(report, "TABULATED", ["imitation", "language"])
+    for suite in ("imitation", "language"):
+        for i, (row, cells) in enumerate(report.suite_rows(suite).items()):
+            runs = []
+            for cell in cells[:4]:
+                curve = [[100.0, 0.0], [200.0, float(cell.seed)]]
+                numbers = dict(demonstrator_mean=240.0) if suite == "imitation" else dict(eval_kl=i + cell.seed / 10)
+                run = dict(seed=cell.seed, eval_mean=10.0 * i + cell.seed, sps=1.0, numbers=numbers, curve=curve)
+                runs.append(run | dict(curves=dict(proxy_reward=curve, kl=curve)))
+            settings = dict(num_demonstrations=i + 1, kl_coef=i / 8)
+            text = json.dumps(dict(row=row, hyperparameters=settings, seeds=runs))
+            (tmp_path / f"{report.file_name(row)}.json").write_text(text)
+    pictures.draw_all(tmp_path)
+    results = markdown.results_file(tmp_path, {})
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in results.splitlines()]
+    assert ["Algorithm", "Seeds", "score", "demonstrator_mean"] in cells
+    assert ["behavior_cloning --num-demonstrations 3", "4", "12.5", "240.0"] in cells
+    assert ["Algorithm", "Seeds", "score", "eval_kl"] in cells
+    assert ["grpo", "4", "42.5", "4.25"] in cells
+    linked = [name for name in re.findall(r'src="baselines/([^"]+)"', results)]
+    assert [name for name in linked if not (tmp_path / name).exists()] == []
+    assert {pictures.IMITATION, pictures.LANGUAGE} < set(linked)
+    assert not any(task in name for task in ("reviews", "countdown") for name in linked)
+    shown = (tmp_path / pictures.LANGUAGE).read_text()
+    assert [shown.count(f"<!-- beta = {kl} -->") for kl in ("0", "0.125", "0.25", "0.5")] == [1, 1, 1, 0]
+    shown = (tmp_path / pictures.IMITATION).read_text()
+    assert [shown.count(f"<!-- {label} -->") for label in ("behavior_cloning", "dagger", "demonstrator")] == [1, 1, 1]
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])

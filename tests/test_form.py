@@ -24,8 +24,9 @@ LONGER_FRONTS |= dict(ddppo=325, a3c=310)  # the average over processes; a worke
 SECOND_RULER = {"td_prediction"}  # scripts that end with something that no other script needs
 SECOND_RULER |= {"a3c", "ddppo"}  # their processes
 LONGER_FRONTS |= dict(ppo_rlhf=400)  # a reward model besides PPO
-SECOND_RULER |= {"ppo_rlhf"}  # rewards that are given
-ROOTS = {"reinforce", "td_prediction"}  # scripts without a parent
+SECOND_RULER |= {"ppo_rlhf", "grpo"}  # rewards that are given; problems with a check
+SECOND_RULER |= {"behavior_cloning"}  # files of demonstrations
+ROOTS = {"reinforce", "td_prediction", "behavior_cloning"}  # scripts without a parent
 MAX_DOCSTRING = 30  # lines
 MAX_TOKENS = 40  # in a line of the front
 MAX_MEAN_TOKENS = 11.5  # per line of code, over the whole script
@@ -41,9 +42,10 @@ OPTIONAL = {
     "gymnasium.utils.save_video",
     "transformers",
     "datasets",
+    "h5py",
 }  # imported where needed, by importlib
 HEAVY = ["ale_py", "minatar", "wandb", "moviepy", "mujoco", "Box2D"]  # no plain run should wait for them or need them
-HEAVY += ["transformers", "datasets"]
+HEAVY += ["transformers", "datasets", "h5py"]
 
 each_script = pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
 
@@ -51,6 +53,11 @@ each_script = pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: scri
 def for_language(script: Path) -> bool:
     """Whether the script learns to write (see conftest.is_language)."""
     return "max_new_tokens" in twins.fields(script.read_text(encoding="utf-8"))
+
+
+def for_imitation(script: Path) -> bool:
+    """Whether the script learns from demonstrations (see conftest.is_imitation)."""
+    return "top_fraction" in twins.fields(script.read_text(encoding="utf-8"))
 
 
 def tree_of(script: Path) -> ast.Module:
@@ -431,8 +438,10 @@ def test_exceptions_are_few_and_used():
     names = set().union(*(twins.pieces(script.read_text()) for script in SCRIPTS))
     assert names >= twins.MAY_DIFFER
     assert len(twins.MAY_DIFFER) <= 6
-    assert names >= twins.BY_KIND
-    assert len(twins.BY_KIND) <= 3
+    for field, own in twins.KINDS.items():
+        contracts = [twins.contract(script.read_text()) for script in SCRIPTS]
+        texts = [{name for name in contract if name.endswith(f" with {field}")} for contract in contracts]
+        assert {name.removesuffix(f" with {field}") for name in set().union(*texts)} == own
 
 
 def test_equal_copies_have_no_drift(copies):
@@ -521,8 +530,8 @@ def test_the_algorithms_own_names_may_differ_on_the_front(copies):
     assert run() == (1, "huber_loss differs: child.py | parent.py\n")
 
 
-def test_scripts_for_language_are_twins_among_themselves(copies):
-    """Fields of Args and what is on the list may differ between the kinds, but not within one; the rest is one text."""
+def test_scripts_of_a_kind_are_twins_among_themselves(copies):
+    """What is on the kind's list may differ between the kinds, but not within one; the rest is one text."""
     parent, child, run = copies
     plant(child, "  # of all that is random\n", "  # of texts\n    max_new_tokens: int = 5\n")
     plant(child, "    return [1, 2]\n", "    return [2]\n")
@@ -530,7 +539,7 @@ def test_scripts_for_language_are_twins_among_themselves(copies):
     assert run("algos/parent.py") == (0, "no drift\n")
     plant(parent, "  # discount\n", "  # discount\n    max_new_tokens: int = 5\n")
     names = ("evaluate", "Args.seed")
-    assert run() == (1, "".join(f"{name} of language differs: child.py | parent.py\n" for name in names))
+    assert run() == (1, "".join(f"{name} with max_new_tokens differs: child.py | parent.py\n" for name in names))
     changed = "child.py: Args.seed, evaluate now as in parent.py\n"
     assert run("algos/parent.py") == (0, changed + "no drift\n")
     plant(parent, "    return nn.Sequential()\n", "    return nn.Sequential()  # empty\n")
@@ -695,6 +704,9 @@ def test_the_common_flags_exist(script):
     if for_language(script):
         assert of_language <= found
         assert found.isdisjoint(of_environments)
+    elif for_imitation(script):
+        assert of_environments - {"num_envs"} <= found
+        assert {"demonstrations", "num_demonstrations"} <= found
     else:
         assert of_environments <= found
 
@@ -727,6 +739,8 @@ def test_header_agrees_with_requirements(script):
     required = pins((ROOT / "requirements.txt").read_text().splitlines())
     if for_language(script):
         required |= pins((ROOT / "requirements-lm.txt").read_text().splitlines())
+    if for_imitation(script):
+        required |= pins((ROOT / "requirements-imitation.txt").read_text().splitlines())
     listed = pins(re.findall(r'"([^"]*==[^"]*)"', header(script)))
     assert {"torch", "gymnasium", "numpy", "tyro"} <= set(listed)
     assert listed == {name: required.get(name) for name in listed}

@@ -7,12 +7,12 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import MODULES, learner_name, loss_name, make_args, spy
+from conftest import MODULES, is_imitation, learner_name, loss_name, make_args, spy
 from gymnasium.spaces import Box, Discrete
 from off_policy import bugs
 from runs import each, fails_with_a_bug, name_of, resume
 
-POLICY_GRADIENT = [module for module in MODULES if hasattr(module, "RunningNorm")]
+POLICY_GRADIENT = [module for module in MODULES if hasattr(module, "RunningNorm") and not is_imitation(module)]
 OBS = Box(-np.inf, np.inf, (5,), np.float32)
 BOX = Box(np.float32([-1, -3]), np.float32([2, 0.5]))
 each_script = each(POLICY_GRADIENT)

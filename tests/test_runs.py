@@ -20,7 +20,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import MODULES, spy
+from conftest import MODULES, is_imitation, spy
 from gymnasium.spaces import Box, Discrete
 from launch import flags, tiny
 from runs import (
@@ -32,6 +32,7 @@ from runs import (
     each_back,
     each_module,
     each_off_policy,
+    each_rewarded,
     equal,
     fails_with_a_bug,
     finished_run,
@@ -119,7 +120,8 @@ def test_config_file(alone):
     module, run_dir, _ = alone
     written = config(run_dir)
     assert written.keys() == vars(module.Args()).keys() | {"algo", "torch", "gymnasium"}
-    assert (written["env_id"], written["seed"], written["num_envs"]) == (module.Args.env_id, 3, 4)
+    assert (written["env_id"], written["seed"]) == (module.Args.env_id, 3)
+    assert is_imitation(module) or written["num_envs"] == 4
     assert (written["torch"], written["gymnasium"]) == (torch.__version__, gym.__version__)
 
 
@@ -130,6 +132,8 @@ def test_result_file(alone):
     extras = set() if acts(module) else {"rmse"}
     if name_of(module) in ("a3c", "ddppo"):
         extras |= {"processes"}
+    if is_imitation(module):
+        extras |= {"demonstrator_mean"}
     assert written.keys() == set(RESULT.split()) | extras
     assert (written["algo"], written["env_id"], written["seed"]) == (name_of(module), module.Args.env_id, 3)
     assert (written["total_timesteps"], written["trained_steps"], written["eval_cut"]) == (1024, 1024, 0)
@@ -186,7 +190,7 @@ def test_the_last_100_episodes(tmp_path):
 def test_no_train_return_without_an_episode(module, tmp_path):
     """0, which would be the best score of all where rewards are costs."""
     env_id = "Pendulum-v1" if is_continuous(module) else "MountainCar-v0"
-    settings = dict(env_id=env_id, total_timesteps=64, horizon=16, eval_episodes=1)
+    settings = dict(env_id=env_id, total_timesteps=64, horizon=16, play_every=1000, eval_episodes=1)
     assert module.train(arguments(module, tmp_path / "run", **settings))["train_return"] is None
 
 
@@ -194,7 +198,7 @@ def test_no_train_return_without_an_episode(module, tmp_path):
 def test_a_run_ends_with_its_last_whole_batch(module, tmp_path):
     """301 steps are no whole number of batches of 32, nor of steps of 2 environments: what is reported was trained."""
     written = module.train(arguments(module, tmp_path / "run", total_timesteps=301))
-    last = 288 if hasattr(module.Args, "num_steps") else 300
+    last = 288 if hasattr(module.Args, "num_steps") or is_imitation(module) else 300
     assert (written["total_timesteps"], written["trained_steps"]) == (301, last)
     assert steps(tmp_path / "run")[-1] == checkpoint(tmp_path / "run")["step"] == last
     assert written["sps"] == pytest.approx(last / written["wall_time"])
@@ -283,7 +287,7 @@ class Clock:
         self.now += 1
 
 
-@each_module
+@each_rewarded
 def test_steps_per_second(module, tmp_path, monkeypatch):
     """A speed that counts one environment's steps, the evaluation's time or, after --resume, the time before twice."""
     clock = Clock(module, monkeypatch)
@@ -423,7 +427,7 @@ def test_the_evaluation_is_deterministic(module, tmp_path):
     assert resume(module, folder)["eval_returns"] == returns
 
 
-@each_module
+@each_rewarded
 def test_environments_share_no_seed(module, tmp_path, monkeypatch):
     """Start states that two runs share, training and evaluation, or a run and its continuation."""
     seeds = []
@@ -473,6 +477,7 @@ def prepare(tmp_path, monkeypatch):
             found["parts"] = parts
             raise Ready
 
+        stop.stop_signal = 0  # demonstrations are watched before the run begins
         monkeypatch.setattr(module, "SharedRun" if hasattr(module, "SharedRun") else "Run", stop)
         with pytest.raises(Ready):
             module.train(arguments(module, tmp_path / "run", **settings))
@@ -545,6 +550,8 @@ def gradient_steps(module, family: dict) -> int:
         return (given["total_timesteps"] - given["learning_starts"]) // given["train_frequency"]
     if "horizon" in given:
         return 0  # one an episode
+    if is_imitation(module):
+        return given["total_timesteps"] // given["batch_size"]
     batches = given["total_timesteps"] // (given["num_envs"] * given.get("num_steps", 1))
     return batches * given.get("update_epochs", 1) * given.get("num_minibatches", 1)
 

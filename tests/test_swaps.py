@@ -260,7 +260,7 @@ def check_swap(module, swap, env_id, monkeypatch, folder):
         patch.setattr(module, "Agent", Swapped)
         watch_learning(patch, module, agents, rates)
         if swap == "optimizer":
-            for name in ("Adam", "RAdam"):
+            for name in ("Adam", "AdamW", "RAdam"):
                 patch.setattr(torch.optim, name, two_groups)
         learn(module, folder, env_id=env_id, device="cuda" if swap == "cuda" else "cpu")
     (agent,) = agents

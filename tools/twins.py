@@ -6,8 +6,8 @@ python tools/twins.py algos/edited.py  first rewrites the other scripts' copies 
 Only what the algorithm itself changes may differ, and only on the front, above the ruler (see `may_differ`). Behind the
 ruler all text is compared, comments included, and the twins of two scripts stand in one order, which only a human can
 repair. Fields of `Args` with the same name have the same type and the same help (the comment behind them); their
-defaults are the algorithm's own. Scripts for language have other environments than the others, so their fields and some
-plumbing are twins among themselves (see `BY_KIND`).
+defaults are the algorithm's own. Scripts that learn from texts or from demonstrations count and name some things in
+another way than the others; there they are twins among themselves (see `KINDS`).
 """
 
 import ast
@@ -20,7 +20,13 @@ from typing import NamedTuple
 ALGOS = Path(__file__).parents[1] / "algos"
 RULER = "# " + 116 * "="  # below it stands what all scripts share; below a second one what a single script needs
 MAY_DIFFER = {"Args", "Agent", "Actor", "Critic", "train", "FAMILIES"}  # and the losses
-BY_KIND = {"evaluate", "parse_args", "pick_device"}  # another text in all scripts for language
+KINDS = {  # by a field that all scripts of a kind have: the names that have a text of this kind's own
+    "max_new_tokens": {"evaluate", "parse_args", "pick_device"}
+    | {f"Args.{name}" for name in ("env_id", "seed", "device", "compile", "total_timesteps", "checkpoint_every")}
+    | {f"Args.{name}" for name in ("learning_rate", "batch_size", "hidden_size", "target_kl", "eval_episodes")}
+    | {"Args.num_demonstrations"},
+    "top_fraction": {"Args.total_timesteps", "Args.log_every", "Args.checkpoint_every"},
+}
 NAMED = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Assign, ast.AnnAssign)
 
 
@@ -128,8 +134,10 @@ def fields(source: str) -> dict[str, Field]:
 
 def key(name: str, source: str) -> str:
     """The name under which a piece or a field of this script is compared."""
-    by_kind = name in BY_KIND or name.startswith("Args.")
-    return f"{name} of language" if by_kind and "max_new_tokens" in fields(source) else name
+    for field, names in KINDS.items():
+        if name in names and field in fields(source):
+            return f"{name} with {field}"
+    return name
 
 
 def contract(source: str) -> dict[str, str]:

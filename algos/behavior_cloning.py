@@ -1,0 +1,1043 @@
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["torch==2.13.0", "numpy==2.2.6", "gymnasium[box2d,classic-control,mujoco]==1.4.0", "mujoco==3.15.0",
+#   "ale-py==0.12.1", "MinAtar==1.0.15", "tyro==1.0.17", "tqdm==4.70.1", "filelock==3.20.0", "moviepy==2.2.1",
+#   "wandb==0.31.0", "h5py==3.16.0"]
+# ///
+"""Behaviour cloning: learning to act by supervised learning from a demonstrator.
+
+Pomerleau 1989, ALVINN; Ross et al. 2011, arXiv:1011.0686. From pairs of a state s and the action a that a demonstrator
+took in it, find the policy under which these actions are most likely:
+
+    L = -E[log pi(a|s)]
+
+This is the policy gradient of reinforce.py with the weight 1 in place of the return, and with the demonstrator's states
+and actions in place of one's own. For Discrete actions L is the cross-entropy, for Box actions, with a deviation of 1,
+the squared error |a - mu(s)|^2 / 2 and a constant.
+
+    python algos/behavior_cloning.py --env-id LunarLander-v3                                   # trains 500,000 samples
+    python algos/behavior_cloning.py --env-id CartPole-v1 --demonstrations RUN_DIR             # clones a finished run
+    python algos/behavior_cloning.py --env-id Hopper-v5 --demonstrations main_data.hdf5        # a data set of Minari
+
+A clone that errs comes to states that the demonstrator never showed, and errs the more: L says nothing of its loss
+there. From one episode of the lander it learns to repeat nearly all actions, and crashes. dagger.py shows a way out.
+
+Steps are samples here: each gradient step counts batch_size of them. Demonstrations are whole episodes, and what is
+held out are whole episodes too, for the pairs of one are much alike. The demonstrator is deterministic unless told
+otherwise. Not in the papers: observations are standardised, the optimizer is AdamW. result.json holds the mean return
+of the demonstrations as demonstrator_mean.
+
+Read to the end of train(); what follows the ruler is the same in every script.
+"""
+
+import argparse
+import functools
+import importlib
+import importlib.util
+import inspect
+import io
+import json
+import math
+import os
+import re
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from types import ModuleType
+from typing import BinaryIO
+
+import filelock
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import tyro
+from gymnasium.spaces import Box, Dict, Discrete, OneOf, Space, Text, Tuple
+from torch import Tensor
+from torch.distributions import Categorical, Distribution, Independent, Normal
+from tqdm import tqdm
+
+
+@dataclass
+class Args:
+    env_id: str = "LunarLander-v3"  # Gymnasium id, also ALE/*, MinAtar/* or module:YourEnv-v0; decides other defaults
+    total_timesteps: int = 500_000  # samples to train for, batch_size per gradient step
+    demonstrations: str = "heuristic"  # heuristic, uniform, the directory of a finished run or, to clone, a file *.hdf5
+    greedy: bool = True  # the policy of that run without its exploration
+    num_demonstrations: int = 10  # episodes that the demonstrator shows; of a file, the first
+    top_fraction: float = 1.0  # share of these episodes that is learned from, those with the highest returns
+    validation_fraction: float = 0.1  # share of those that is held out to validate with, the last ones
+    batch_size: int = 256  # transitions per gradient step
+    learning_rate: float = 1e-3  # step size of the optimizer
+    weight_decay: float = 0.01  # share of each weight, times the step size, that is taken off per gradient step
+    play_every: int = 50_000  # samples between two episodes that the learner plays
+    hidden_size: int = 64  # units in each hidden layer of the MLPs
+    log_std_init: float = 0.0  # logarithm of the initial standard deviation (Box actions)
+    learn_std: bool = False  # learn that deviation, down to exp(-5); if fixed, L is a squared error
+    norm_obs: bool = True  # normalise vector observations by their running mean and deviation
+    save_demonstrations: str = ""  # file *.hdf5 for the episodes that the demonstrator shows
+    compile: bool = False  # compile the gradient step: 10 s at the start, then 2 to 3 times as fast
+
+    seed: int = 1  # of weights, actions, minibatches and environments
+    device: str = "auto"  # cpu, cuda, cuda:1, mps or auto: a GPU for images if there is one, else the CPU
+    torch_threads: int = 1  # CPU threads, 0 for one per core; small networks are fastest with 1
+    env_kwargs: str = ""  # JSON for the environment, like '{"max_episode_steps": 200}'
+    run_dir: str = ""  # where the results go; if empty, runs/<env>__<algo>__<seed>__<time>
+    track: bool = False  # log to Weights & Biases
+    wandb_project: str = "foliorl"  # the project there
+    wandb_entity: str = ""  # the user or team there; if empty, your default
+    capture_video: bool = False  # film an episode of the final evaluation
+    eval_episodes: int = 20  # episodes of the final evaluation
+    log_every: int = 10_000  # samples between lines of the log
+    checkpoint_every: int = 100_000  # samples between checkpoints
+    resume: str = ""  # run directory to continue; a finished run is only evaluated again
+
+    def __post_init__(self) -> None:
+        minimum = dict(seed=0, torch_threads=0, log_std_init=-5)
+        check_ranges(self, minimum, maximum=dict(top_fraction=1, validation_fraction=0.9))
+        if self.batch_size > self.total_timesteps:
+            raise Refusal(f"batch_size = {self.batch_size} may not exceed total_timesteps")
+
+
+class Agent(nn.Module):
+    """The policy pi(a|s): an MLP or, for images, a linear layer on top of a CNN."""
+
+    def __init__(self, obs_space: Space, action_space: Space, args: Args) -> None:
+        super().__init__()
+        self.discrete = isinstance(action_space, Discrete)
+        num_outputs = gym.spaces.flatdim(action_space)
+        self.encoder, width = make_encoder(obs_space)
+        if args.norm_obs and is_vector(obs_space):
+            self.encoder = RunningNorm(width)
+        hidden = [] if is_image(obs_space) else [args.hidden_size, args.hidden_size]
+        self.actor = mlp([width, *hidden, num_outputs], nn.Tanh)
+        if not self.discrete:
+            log_std = torch.full((num_outputs,), float(args.log_std_init))
+            if args.learn_std:
+                self.log_std = nn.Parameter(log_std)
+            else:
+                self.register_buffer("log_std", log_std)
+
+    def policy(self, x: Tensor) -> Distribution:
+        """pi(.|s) of encoded observations (B, width)."""
+        output = self.actor(x)
+        if self.discrete:
+            return Categorical(logits=output, validate_args=False)
+        std = self.log_std.clamp(min=-5).exp()  # if the demonstrator is free of noise, it would become 0
+        return Independent(Normal(output, std, validate_args=False), 1)
+
+    @torch.no_grad()
+    def act(self, obs: np.ndarray, greedy: bool = False) -> np.ndarray:
+        """Actions sampled from pi(.|s) or, if greedy, its mode. Runs at every step, so no Distribution is built."""
+        obs = to_tensor(obs, next(self.parameters()).device)
+        output = self.actor(self.encoder(obs))
+        if self.discrete:
+            if not greedy:
+                output = output - torch.empty_like(output).exponential_().log()  # Gumbel-max: now argmax is a sample
+            action = output.argmax(-1)
+        else:
+            action = output if greedy else output + self.log_std.clamp(min=-5).exp() * torch.randn_like(output)
+        return action.numpy(force=True)
+
+
+def roll_out(envs: gym.vector.VectorEnv, act: Callable, seed: int, max_steps: int = 27_000) -> dict[str, np.ndarray]:
+    """An episode of one environment under act, which goes from observations (1, ...) to the environment's actions.
+
+    It has T + 1 observations, the last state included, and T actions, rewards and so on. It is cut after max_steps.
+    """
+    obs, _ = envs.reset(seed=seed)
+    observations = [obs[0]]
+    steps = []
+    done = False
+    while not done:
+        if Run.stop_signal:
+            raise KeyboardInterrupt
+        action = act(obs)
+        obs, reward, terminated, truncated, _ = envs.step(action)
+        observations.append(obs[0])
+        cut = truncated[0] or len(steps) + 1 == max_steps
+        steps.append(dict(actions=action[0], rewards=reward[0], terminations=terminated[0], truncations=cut))
+        done = terminated[0] or cut
+    columns = {name: np.stack([step[name] for step in steps]) for name in steps[0]}
+    return dict(observations=np.stack(observations)) | columns
+
+
+def choose_best(episodes: list[dict[str, np.ndarray]], fraction: float) -> list[dict[str, np.ndarray]]:
+    """This share of the episodes, those with the highest returns, in the order in which they came."""
+    returns = [episode["rewards"].sum() for episode in episodes]
+    count = max(round(fraction * len(episodes)), 1)
+    best = np.argsort(returns, kind="stable")[-count:]
+    return [episodes[i] for i in sorted(best)]
+
+
+def pairs_of(episodes: list[dict[str, np.ndarray]], action_space: Space) -> dict[str, Tensor]:
+    """All pairs (s, a) of the episodes as tensors (B, ...), with the actions that the policy would have to give."""
+    to_policy = inverse_action_map(action_space)
+    obs = np.concatenate([episode["observations"][:-1] for episode in episodes])  # no action follows the last one
+    actions = np.concatenate([to_policy(episode["actions"]) for episode in episodes])
+    return dict(obs=to_tensor(obs, torch.device("cpu")), actions=torch.from_numpy(actions))
+
+
+def sample_pairs(pairs: dict[str, Tensor], batch_size: int, device: torch.device) -> dict[str, Tensor]:
+    """A batch of pairs, drawn uniformly."""
+    rows = torch.randint(len(pairs["actions"]), (batch_size,))
+    return {name: column[rows].to(device) for name, column in pairs.items()}
+
+
+def policy_loss(agent: Agent, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    """-E[log pi(a|s)] on a batch with one pair per row, and what to log."""
+    policy = agent.policy(agent.encoder(batch["obs"]))
+    loss = -policy.log_prob(batch["actions"]).mean()  # the policy gradient, each weight being 1
+    if agent.discrete:
+        hits = policy.mode == batch["actions"]
+        return loss, dict(loss=loss.detach(), accuracy=hits.float().mean())
+    errors = policy.mode.detach() - batch["actions"]
+    return loss, dict(loss=loss.detach(), squared_error=errors.square().mean())
+
+
+@torch.no_grad()
+def validate(agent: Agent, pairs: dict[str, Tensor], batch_size: int, device: torch.device) -> dict[str, float]:
+    """The metrics of the loss on all pairs that are held out, in batches for the sake of memory."""
+    totals = {}
+    num_pairs = len(pairs["actions"])
+    for rows in torch.arange(num_pairs).split(batch_size):
+        batch = {name: column[rows].to(device) for name, column in pairs.items()}
+        _, metrics = policy_loss(agent, batch)
+        for name, value in metrics.items():
+            share = len(rows) / num_pairs
+            totals[f"validation_{name}"] = totals.get(f"validation_{name}", 0) + share * value.item()
+    return totals
+
+
+def train(args: Args) -> dict:
+    """Train, evaluate, and return what result.json holds; raises Refusal with one sentence on bad input."""
+    torch.manual_seed(args.seed)
+    torch.set_num_threads(args.torch_threads or os.cpu_count())
+    envs = make_envs(args.env_id, 1, args.env_kwargs)
+    obs_space = envs.single_observation_space
+    action_space = envs.single_action_space
+    to_env = action_map(action_space)
+    device = pick_device(args.device, obs_space)
+
+    # Watch the demonstrator.
+    if args.demonstrations.endswith(".hdf5"):
+        episodes = read_episodes(args.demonstrations, args.num_demonstrations, obs_space, action_space)
+    else:
+        demonstrator = make_demonstrator(args, envs, device)
+        episodes = [roll_out(envs, demonstrator, env_seed(args.seed, i)) for i in range(args.num_demonstrations)]
+    if args.save_demonstrations:
+        write_episodes(args.save_demonstrations, episodes)
+    episodes = choose_best(episodes, args.top_fraction)
+    returns = [episode["rewards"].sum() for episode in episodes]
+    num_held_out = int(args.validation_fraction * len(episodes))
+    num_train = len(episodes) - num_held_out
+    pairs = pairs_of(episodes[:num_train], action_space)
+    held_out = pairs_of(episodes[num_train:], action_space) if num_held_out > 0 else {}
+
+    B = args.batch_size
+    agent = Agent(obs_space, action_space, args).to(device)
+    optimizer = torch.optim.AdamW(agent.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
+    policy_gradients = gradients_of(policy_loss, agent.parameters(), args)
+    run = Run(args, agent=agent, optimizer=optimizer)
+    print(f"demonstrations: {len(episodes)}, return {np.mean(returns):.1f} +- {np.std(returns):.1f}", flush=True)
+    if run.step == 0 and isinstance(agent.encoder, RunningNorm):
+        agent.encoder.update(pairs["obs"].to(device))
+
+    log_every = max(args.log_every // B, 1) * B
+    play_every = max(args.play_every // B, 1) * B
+    history = deque(maxlen=100)  # metrics of the last gradient steps
+
+    for step in range(run.step + B, args.total_timesteps + 1, B):
+        # Optimise by one gradient step on B pairs.
+        batch = sample_pairs(pairs, B, device)
+        gradients, metrics = policy_gradients(agent, batch)
+        descend(optimizer, gradients)
+        history.append(metrics)
+
+        # Let the learner play an episode now and then, to see how it does; nothing is learned from it.
+        if step % play_every == 0:
+            seed = env_seed(args.seed, 100_000 + step // play_every)
+            episode = roll_out(envs, lambda obs: to_env(agent.act(obs, greedy=True)), seed)
+            run.episode_returns.append(float(episode["rewards"].sum()))
+
+        run.bar.update(B)
+        if step % log_every == 0 or step + B > args.total_timesteps:
+            metrics = mean_metrics(history)
+            if held_out:
+                metrics |= validate(agent, held_out, B, device)
+            run.log(step, metrics)
+            history.clear()
+
+    run.save()
+    envs.close()
+    return run.finish(evaluate(agent, args, run.dir) | dict(demonstrator_mean=float(np.mean(returns))))
+
+
+# Defaults beside those of Args: of the first family that names the environment, or the kind of its spaces.
+FAMILIES = {
+    "HalfCheetah Hopper Walker2d Ant Humanoid Swimmer Reacher Pusher InvertedPendulum InvertedDoublePendulum": dict(
+        total_timesteps=5_000_000, hidden_size=256, play_every=500_000,
+    ),
+    "MinAtar/": dict(total_timesteps=1_000_000, play_every=100_000),
+    "ALE/": dict(total_timesteps=1_000_000, learning_rate=1e-4, play_every=200_000, torch_threads=0),
+}  # fmt: skip
+
+
+# ====================================================================================================================
+# What follows is plumbing: no algorithm is in it, and every script that needs a part of it has the same text.
+
+
+class Refusal(Exception):
+    """Bad input or a fault from outside, said in one sentence; main() prints it without a traceback."""
+
+
+def is_image(space: Space) -> bool:
+    """uint8 or bool with three axes or, if both sides have 36 pixels or more, uint8 with two (grey)."""
+    if not isinstance(space, Box) or space.dtype not in (np.uint8, np.bool_):
+        return False
+    if len(space.shape) == 2:
+        return space.dtype == np.uint8 and min(space.shape) >= 36
+    if len(space.shape) != 3:
+        return False
+    sides = space.shape[1:] if space.shape[0] < space.shape[-1] else space.shape[:-1]
+    return min(sides) >= 3  # room for a 3x3 filter
+
+
+def is_vector(space: Space) -> bool:
+    """Numbers along one axis."""
+    return isinstance(space, Box) and len(space.shape) == 1
+
+
+def make_encoder(space: Space) -> tuple[nn.Module, int]:
+    """What turns observations (B, ...) into features (B, width), and the width."""
+    if isinstance(space, Discrete):
+        return OneHot(space), int(space.n)
+    if is_vector(space):
+        return ToFloat(), space.shape[0]
+    to_float = ImageToFloat(space)
+    example = to_float(torch.as_tensor(space.sample()[None]))
+    channels = example.shape[1]
+    if min(example.shape[2:]) >= 36:  # Atari and its like: the network of Mnih et al. 2015
+        width = 512
+        convolutions = [
+            nn.Conv2d(channels, 32, 8, stride=4), nn.ReLU(),
+            nn.Conv2d(32, 64, 4, stride=2), nn.ReLU(),
+            nn.Conv2d(64, 64, 3, stride=1), nn.ReLU(),
+        ]  # fmt: skip
+    else:  # MinAtar and its like: the network of Young & Tian 2019
+        width = 128
+        convolutions = [nn.Conv2d(channels, 16, 3), nn.ReLU()]
+    cnn = nn.Sequential(*convolutions, nn.Flatten())
+    num_features = cnn(example).shape[1]
+    return nn.Sequential(to_float, *cnn, nn.Linear(num_features, width), nn.ReLU()), width
+
+
+class ToFloat(nn.Module):
+    """Numbers (B, D) in the precision of the network, which a buffer knows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("one", torch.ones(()), persistent=False)
+
+    def forward(self, obs: Tensor) -> Tensor:
+        return obs.to(self.one.dtype)
+
+
+class OneHot(ToFloat):
+    """Integers (B,) as vectors (B, n)."""
+
+    def __init__(self, space: Discrete) -> None:
+        super().__init__()
+        self.start = int(space.start)
+        self.n = int(space.n)
+
+    def forward(self, obs: Tensor) -> Tensor:
+        return super().forward(F.one_hot(obs.long() - self.start, self.n))
+
+
+class ImageToFloat(ToFloat):
+    """Images as (B, C, H, W), in [0, 1]. Channels are the last axis, unless the first one is shorter."""
+
+    def __init__(self, space: Box) -> None:
+        super().__init__()
+        self.grey = len(space.shape) == 2
+        self.channels_last = space.shape[-1] <= space.shape[0]
+        self.scale = 255 if space.dtype == np.uint8 else 1
+
+    def forward(self, obs: Tensor) -> Tensor:
+        x = super().forward(obs) / self.scale
+        if self.grey:
+            x = x.unsqueeze(1)
+        elif self.channels_last:
+            x = x.movedim(-1, 1)
+        return x.contiguous(memory_format=torch.channels_last)  # convolutions are faster this way
+
+
+class RunningNorm(nn.Module):
+    """Normalises by the running mean and deviation of a stream; buffers, so saved and loaded with the weights."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.zeros(()))
+        self.register_buffer("mean", torch.zeros(shape))
+        self.register_buffer("var", torch.ones(shape))
+        self.register_buffer("scale", torch.ones(shape))  # 1 / deviation
+
+    def update(self, x: Tensor) -> None:
+        """Count each row of x (B, *shape) once (Chan et al. 1983)."""
+        x = x.to(self.mean.dtype)
+        self.count += len(x)
+        weight = len(x) / self.count
+        delta = x.mean(0) - self.mean
+        self.mean += weight * delta
+        self.var += weight * (x.var(0, correction=0) - self.var + (1 - weight) * delta.square())
+        self.scale.copy_((self.var + 1e-8).rsqrt())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ((x.to(self.mean.dtype) - self.mean) * self.scale).clamp(-10, 10)
+
+
+def mlp(sizes: list[int], activation: type[nn.Module]) -> nn.Sequential:
+    """Linear layers with an activation between them."""
+    layers = []
+    for n_in, n_out in zip(sizes, sizes[1:]):
+        layers.append(nn.Linear(n_in, n_out))
+        layers.append(activation())
+    return nn.Sequential(*layers[:-1])
+
+
+def gradients_of(
+    loss: Callable, parameters: Iterable[nn.Parameter], args: Args, max_norm: float = math.inf
+) -> Callable:
+    """A function that takes what the loss takes and returns its gradients for these parameters, and its metrics.
+
+    The gradients come as a dict from parameter to gradient, scaled down if together they are longer than max_norm.
+    With --compile, forward and backward pass are compiled into one function.
+    """
+    parameters = list(parameters)
+
+    def differentiate(*inputs) -> tuple[list[Tensor], dict[str, Tensor]]:
+        value, metrics = loss(*inputs)
+        gradients = torch.autograd.grad(value, parameters)
+        if max_norm < math.inf:
+            norm = nn.utils.get_total_norm(gradients, foreach=False)
+            scale = (max_norm / (norm + 1e-6)).clamp(max=1)
+            gradients = [gradient * scale for gradient in gradients]
+        return gradients, metrics
+
+    if args.compile and can_compile(parameters[0].device):
+        torch._dynamo.config.trace_autograd_ops = True  # lets the compiler see torch.autograd.grad
+        differentiate = torch.compile(differentiate, dynamic=True)
+
+    def function(*inputs) -> tuple[dict[nn.Parameter, Tensor], dict[str, Tensor]]:
+        gradients, metrics = differentiate(*inputs)
+        return dict(zip(parameters, gradients)), metrics
+
+    return function
+
+
+@functools.cache
+def can_compile(device: torch.device) -> bool:
+    """Whether PyTorch finds a compiler on this machine; says so if not, for then training is slower."""
+    try:
+        torch.compile(torch.neg)(torch.zeros(1, device=device))
+    except RuntimeError:
+        print("PyTorch finds no compiler on this machine: training goes on without --compile", flush=True)
+        return False
+    return True
+
+
+def descend(optimizer: torch.optim.Optimizer, gradients: dict[nn.Parameter, Tensor]) -> None:
+    """One step of the optimizer down these gradients."""
+    for parameter, gradient in gradients.items():
+        if gradient.stride() != parameter.stride():  # as behind a CNN; a fused optimizer would mix up the elements
+            gradient = torch.empty_like(parameter).copy_(gradient)
+        parameter.grad = gradient
+    optimizer.step()
+
+
+def mean_metrics(history: Iterable[dict[str, Tensor]]) -> dict[str, float]:
+    """The mean of each metric over the gradient steps that have it."""
+    columns: dict[str, list[Tensor]] = {}
+    for metrics in history:
+        for name, value in metrics.items():
+            columns.setdefault(name, []).append(value)
+    return {name: torch.stack(column).mean().item() for name, column in columns.items()}
+
+
+def to_tensor(array: np.ndarray, device: torch.device) -> Tensor:
+    """The array on the device; float64 becomes float32 first, for not every device has float64."""
+    tensor = torch.from_numpy(array)
+    if tensor.dtype == torch.float64:
+        tensor = tensor.float()
+    return tensor.to(device)
+
+
+def check_ranges(args: Args, minimum: dict[str, float], maximum: dict[str, float]) -> None:
+    """Raise Refusal unless counts are at least 1 and other numbers at least 0, or within the limits given."""
+    for field in fields(args):
+        value = getattr(args, field.name)
+        if isinstance(value, bool | str):
+            continue
+        low = minimum.get(field.name, 1 if field.type is int else 0)
+        high = maximum.get(field.name, 2**62 if field.type is int else math.inf)
+        if not low <= value <= high:
+            raise Refusal(f"{field.name} must lie in [{low}, {high}], but is {value}")
+
+
+def pick_device(name: str, obs_space: Space) -> torch.device:
+    """The device of --device; raises Refusal if this machine has no such device."""
+    if name == "auto":
+        return torch.device("cuda" if is_image(obs_space) and torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError("not supported")
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise Refusal(f"device {name} is not available on this machine") from error
+    return device
+
+
+def env_seed(seed: int, offset: int = 0) -> int:
+    """Each run has a million seeds; environment i of a vector takes the i-th after this one, so no two share any."""
+    return (1_000_000 * seed + offset) % (2**31 - 1)  # ALE takes no larger one
+
+
+def make_envs(env_id: str, num_envs: int, env_kwargs: str = "", render: bool = False) -> gym.vector.VectorEnv:
+    """Environments side by side, in autoreset mode NEXT_STEP; raises Refusal for what we cannot learn in."""
+    try:
+        kwargs = json.loads(env_kwargs or "{}")
+    except ValueError as error:
+        raise Refusal(f"env_kwargs {env_kwargs!r} is no JSON: {error}") from error
+    if not isinstance(kwargs, dict):
+        raise Refusal(f"env_kwargs {env_kwargs!r} is no JSON object")
+    options = dict(render_mode="rgb_array", vectorization_mode="sync") if render else {}
+    if render and sys.platform == "linux" and not os.environ.get("DISPLAY"):
+        os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a screen
+    try:
+        if env_id.startswith("ALE/"):
+            gym.register_envs(importlib.import_module("ale_py"))
+            options = dict(reward_clipping=False)  # scores count whole
+        if env_id.startswith("MinAtar/"):
+            options["max_episode_steps"] = 10_000  # MinAtar has no limit of its own
+            if env_id not in gym.registry:
+                importlib.import_module("minatar.gym").register_envs()
+        envs = gym.make_vec(env_id, num_envs, **options | kwargs)
+    except (gym.error.Error, ModuleNotFoundError) as error:
+        raise Refusal(f"{env_id} cannot be made: {error}") from error
+    except TypeError as error:
+        if (kwargs or render) and "argument" in str(error):
+            raise Refusal(f"{env_id} cannot be made: {error}") from error
+        raise
+
+    if render and not env_id.startswith("ALE/") and "rgb_array" not in envs.metadata.get("render_modes", []):
+        raise Refusal(f"{env_id} cannot be filmed: it has no render mode rgb_array")
+    space = envs.single_observation_space
+    mode = envs.metadata.get("autoreset_mode")
+    if mode != gym.vector.AutoresetMode.NEXT_STEP:
+        raise Refusal(f"{env_id} resets in mode {mode}, but only NEXT_STEP is supported")
+    if not is_flattenable(space):
+        raise Refusal(f"observation space {space} is not supported: it must be made of numbers, of a fixed count")
+    actions = envs.single_action_space
+    if not (isinstance(actions, Discrete) or (isinstance(actions, Box) and actions.dtype.kind == "f")):
+        raise Refusal(f"action space {actions} is not supported: it must be Discrete or a Box of floats")
+    if not (is_vector(space) or is_image(space) or isinstance(space, Discrete)):
+        envs = gym.wrappers.vector.FlattenObservation(envs)
+    return envs
+
+
+def is_flattenable(space: Space) -> bool:
+    """Whether a vector of numbers can stand for the space; text has numbers too, but they mean nothing."""
+    if isinstance(space, Dict):
+        return all(is_flattenable(part) for part in space.values())
+    if isinstance(space, Tuple | OneOf):
+        return all(is_flattenable(part) for part in space.spaces)
+    return space.is_np_flattenable and not isinstance(space, Text)
+
+
+def action_map(space: Space) -> Callable[[np.ndarray], np.ndarray]:
+    """From the policy's actions (N, ...) to the environment's: [-1, 1] becomes [low, high]; the rest is clipped."""
+    if isinstance(space, Discrete):
+        return lambda actions: actions + space.start
+    bounded = space.bounded_below & space.bounded_above
+    low = np.where(bounded, space.low, -1)
+    high = np.where(bounded, space.high, 1)
+
+    def to_env(actions: np.ndarray) -> np.ndarray:
+        actions = actions.reshape(-1, *space.shape)
+        scaled = low + (actions + 1) * ((high - low) / 2)
+        clipped = np.minimum(np.maximum(scaled, space.low), space.high)  # faster than clip
+        return clipped.astype(space.dtype, copy=False)
+
+    return to_env
+
+
+def inverse_action_map(space: Space) -> Callable[[np.ndarray], np.ndarray]:
+    """From the environment's actions (B, ...) to the policy's (B,) or (B, D): what action_map turns into them."""
+    if isinstance(space, Discrete):
+        return lambda actions: actions.astype(np.int64) - space.start
+    bounded = space.bounded_below & space.bounded_above
+    low = np.where(bounded, space.low, -1)
+    high = np.where(bounded, space.high, 1)
+    half = np.where(high > low, (high - low) / 2, 1)  # where both bounds are one number, any action will do
+
+    def to_policy(actions: np.ndarray) -> np.ndarray:
+        scaled = (actions - low) / half - 1
+        return scaled.reshape(len(actions), -1).astype(np.float32)
+
+    return to_policy
+
+
+def make_demonstrator(args: Args, envs: gym.vector.VectorEnv, device: torch.device) -> Callable:
+    """What the demonstrator does: from observations (B, ...) to actions (B, ...) of the environment. Raises Refusal."""
+    obs_space = envs.single_observation_space
+    action_space = envs.single_action_space
+    if args.demonstrations == "uniform":
+        action_space.seed(args.seed)
+        return lambda obs: np.stack([action_space.sample() for _ in obs])
+    if args.demonstrations == "heuristic":  # a function heuristic(env, obs) beside the environment, as Gymnasium's
+        env = getattr(envs.unwrapped, "envs", [envs])[0].unwrapped
+        heuristic = getattr(inspect.getmodule(type(env)), "heuristic", None)
+        if not callable(heuristic):
+            raise Refusal(f"{args.env_id} has no heuristic: name a finished run by --demonstrations RUN_DIR")
+        return lambda obs: np.stack([heuristic(env, row) for row in obs]).astype(action_space.dtype)
+    if not Path(args.demonstrations).is_dir():
+        raise Refusal(f"demonstrations {args.demonstrations} are neither heuristic nor uniform nor a run's directory")
+    agent = load_agent(args.demonstrations, obs_space, action_space, device)
+    to_env = action_map(action_space)
+    return lambda obs: to_env(agent.act(obs, greedy=args.greedy))
+
+
+def load_agent(folder: str, obs_space: Space, action_space: Space, device: torch.device) -> nn.Module:
+    """The agent of a run of any script beside this one: agent.act(obs, greedy) is its policy. Raises Refusal."""
+    try:
+        algo = json.loads((Path(folder) / "config.json").read_text())["algo"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise Refusal(f"{folder} holds no run: its config.json is missing or damaged") from error
+    path = Path(__file__).with_name(f"{algo}.py")
+    if not path.exists():
+        raise Refusal(f"{folder} holds a run of {algo}, but there is no script {path}")
+    spec = importlib.util.spec_from_file_location(algo, path)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    if not hasattr(script.Agent, "act"):
+        raise Refusal(f"{folder} holds a run of {algo}, which learns no policy")
+
+    try:
+        settings = script.Args(**script.read_config(Path(folder)))
+        envs = script.make_envs(settings.env_id, 1, settings.env_kwargs)
+    except script.Refusal as error:
+        raise Refusal(str(error)) from error
+    envs.close()
+    for ours, theirs in ((obs_space, envs.single_observation_space), (action_space, envs.single_action_space)):
+        if ours != theirs:
+            raise Refusal(f"{folder} holds a policy for another environment: its space {theirs} is not {ours}")
+
+    numbered = "num_actions" in inspect.signature(script.Agent).parameters
+    agent = script.Agent(obs_space, gym.spaces.flatdim(action_space) if numbered else action_space, settings)
+    try:
+        checkpoint = torch.load(Path(folder) / "checkpoint.pt", map_location="cpu")
+        agent.load_state_dict(checkpoint["agent"])
+    except Exception as error:  # what is raised depends on where the file is damaged
+        raise Refusal(f"the checkpoint of {folder} is missing or damaged") from error
+    if hasattr(agent, "epsilon"):
+        agent.epsilon = settings.end_e  # as it was at the end of training
+    return agent.eval().to(device)
+
+
+class Run:
+    """A run's directory with its files, its progress bar and, with --track, its page on wandb."""
+
+    stop_signal = 0  # Ctrl-C or SIGTERM, set by main(): save at the next line of the log and stop
+    saved = "nothing was saved"  # what messages can promise
+
+    def __init__(self, args: Args, **parts: nn.Module | torch.optim.Optimizer) -> None:
+        """Start afresh or, with --resume, restore the parts from the checkpoint; raises Refusal."""
+        self.args = args
+        self.parts = parts
+        self.algo = Path(__file__).stem
+        name = f"{args.env_id}__{self.algo}__{args.seed}__{int(time.time())}"
+        self.dir = Path(args.resume or args.run_dir or f"runs/{re.sub('[:/]', '-', name)}")
+        self.step = 0  # environment steps so far
+        self.wall_time = 0.0
+        self.log_size = 0
+        self.wandb_id = str(time.time_ns())
+        self.episode_returns: list[float] = []  # of the episodes since the last log()
+        self.last_returns: list[float] = []  # of the last 100 episodes before that
+        Run.saved = "nothing was saved"
+
+        self.import_optional()
+        has_checkpoint = (self.dir / "checkpoint.pt").exists()
+        if args.resume and not has_checkpoint:
+            raise Refusal(f"{self.dir} holds no checkpoint to resume from")
+        self.lock_directory()
+        if has_checkpoint and not args.resume:
+            raise Refusal(f"{self.dir} holds a run already, which --resume continues")
+        if args.resume:
+            self.load()
+        self.config = dict(algo=self.algo, torch=torch.__version__, gymnasium=gym.__version__) | asdict(args)
+        write_aside(self.dir / "config.json", lambda file: file.write(json.dumps(self.config, indent=1).encode()))
+        self.file = open(self.dir / "metrics.jsonl", "a")
+        self.file.truncate(min(self.log_size, self.file.tell()))
+
+        if self.wandb:
+            self.wandb.init(
+                project=args.wandb_project, entity=args.wandb_entity or None, name=self.dir.name, dir=self.dir,
+                config=self.config, id=self.wandb_id, resume="allow",
+            )  # fmt: skip
+        print(f"{self.dir}: step {self.step} of {args.total_timesteps}", flush=True)
+        self.bar = tqdm(
+            total=args.total_timesteps, initial=self.step, unit=" steps", disable=not os.isatty(2), dynamic_ncols=True
+        )
+        self.start = time.time() - self.wall_time
+        self.next_line = time.time() + 10  # for the lines in place of the bar where there is no terminal
+
+    def import_optional(self) -> None:
+        """Import what only some runs need, so that a missing package is missed before training."""
+        self.wandb = None
+        try:
+            if self.args.track:
+                self.wandb = importlib.import_module("wandb")
+        except ModuleNotFoundError as error:
+            raise Refusal(f"a package is missing: {error}") from error
+        if self.wandb and self.wandb.setup().settings.mode == "online" and not self.wandb.login(prompt=False):
+            raise Refusal("--track needs `wandb login` first, or WANDB_MODE=offline")
+
+    def lock_directory(self) -> None:
+        """Keep other processes out for as long as this one lives."""
+        try:
+            self.dir.mkdir(parents=True, exist_ok=True)
+            self.lock = filelock.FileLock(self.dir / "lock")
+            self.lock.acquire(timeout=0)
+        except filelock.Timeout:
+            raise Refusal(f"{self.dir} is in use by another process") from None
+        except OSError as error:
+            raise Refusal(f"{self.dir} cannot be used: {error}") from error
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Record what happened since the last line: bar, metrics.jsonl, wandb and, when it is due, a checkpoint."""
+        if not np.isfinite(list(metrics.values())).all():
+            self.fail(f"training diverged before step {step}")
+        self.wall_time = time.time() - self.start
+        episodes = self.episode_returns
+        line = dict(
+            global_step=step,
+            wall_time=self.wall_time,
+            SPS=step / self.wall_time,
+            episodes=len(episodes),
+            episodic_return=sum(episodes) / len(episodes) if episodes else None,
+            **metrics,
+        )
+        try:
+            print(json.dumps(line), file=self.file, flush=True)
+        except OSError as error:
+            self.fail(f"{self.file.name} could not be written ({error})")
+        if self.wandb:
+            self.wandb.log(line, step=step)
+        self.last_returns = (self.last_returns + episodes)[-100:]
+        self.episode_returns = []
+        self.show_progress(step)
+        checkpoint_due = step // self.args.checkpoint_every > self.step // self.args.checkpoint_every
+        stopping = Run.stop_signal != 0  # asked once: a signal that comes now waits for the next line
+        self.step = step
+        if checkpoint_due or stopping:
+            self.save()
+        if stopping:
+            self.bar.close()
+            raise KeyboardInterrupt
+
+    def show_progress(self, step: int) -> None:
+        """Move the bar or, where there is no terminal, print a line every ten seconds."""
+        status = f"return {np.mean(self.last_returns):.2f}" if self.last_returns else "no episode has ended"
+        self.bar.set_postfix_str(status, refresh=False)
+        self.bar.update(step - self.bar.n)
+        if self.bar.disable and time.time() > self.next_line:
+            self.next_line = time.time() + 10
+            speed = step / self.wall_time
+            print(f"{step} of {self.args.total_timesteps} steps, {speed:.0f} steps/s, {status}", flush=True)
+
+    def fail(self, reason: str) -> None:
+        """Stop the run for a reason."""
+        self.bar.close()
+        raise Refusal(f"{reason}; {self.saved}")
+
+    def save(self) -> None:
+        """Write the checkpoint, unless a number is not finite: then the last good one stays and Refusal is raised."""
+        for part in self.parts.values():
+            numbers = part.state_dict().values() if isinstance(part, nn.Module) else []
+            if not all(x.isfinite().all() for x in numbers if x.is_floating_point()):
+                self.fail(f"training diverged before step {self.step}")
+        checkpoint = {name: part.state_dict() for name, part in self.parts.items()}
+        checkpoint |= dict(args=asdict(self.args) | dict(algo=self.algo), log_size=self.file.tell())
+        for name in ("step", "wall_time", "last_returns", "wandb_id"):
+            checkpoint[name] = getattr(self, name)
+        write_aside(self.dir / "checkpoint.pt", lambda file: torch.save(checkpoint, file))
+        Run.saved = f"--resume {self.dir} continues from step {self.step}"
+
+    def load(self) -> None:
+        """Continue from the checkpoint; raises Refusal if it is damaged or of another run than the flags say."""
+        path = self.dir / "checkpoint.pt"
+        try:
+            saved = torch.load(path, map_location="cpu")
+            for name in ("step", "wall_time", "last_returns", "log_size", "wandb_id"):
+                if not isinstance(saved[name], type(getattr(self, name))):
+                    raise TypeError(f"{name} is {saved[name]}")
+                setattr(self, name, saved[name])
+            for name in ("args", *self.parts):
+                if not isinstance(saved[name], dict):
+                    raise TypeError(f"{name} is {saved[name]}")
+            states = {name: saved[name] for name in self.parts}
+            before = saved["args"]
+        except Exception as error:  # what is raised depends on where the file is damaged
+            raise Refusal(f"{path} is damaged; start the run anew in another --run-dir") from error
+
+        now = asdict(self.args) | dict(algo=self.algo)
+        for name in ("algo", "env_id", "env_kwargs", "seed", "run_dir", "optimizer"):
+            if now.get(name) != before.get(name):
+                raise Refusal(f"{self.dir} holds a run with {name} {before.get(name)!r}, which cannot change")
+        if now["total_timesteps"] < self.step:
+            raise Refusal(f"{self.dir} has {self.step} steps already, more than total_timesteps")
+        planned = before.get("total_timesteps")
+        if now["total_timesteps"] != planned:
+            print(f"what was to fall until step {planned} now falls until step {now['total_timesteps']}")
+        try:
+            for name, part in self.parts.items():
+                state = states[name]
+                if isinstance(part, torch.optim.Optimizer):  # the flags of today decide the step size
+                    state = state | dict(param_groups=part.state_dict()["param_groups"])
+                part.load_state_dict(state)
+        except (RuntimeError, ValueError) as error:
+            raise Refusal(f"{self.dir} holds networks or a buffer of other sizes than the flags ask for") from error
+        torch.manual_seed(env_seed(self.args.seed, self.step))  # not the random numbers of the start again
+        Run.saved = f"--resume {self.dir} continues from step {self.step}"
+
+    def finish(self, evaluation: dict) -> dict:
+        """Write, print and return the result."""
+        returns = evaluation["eval_returns"]
+        result = {name: self.config[name] for name in ("algo", "env_id", "seed", "total_timesteps")}
+        result |= dict(
+            trained_steps=self.step,
+            **evaluation,
+            eval_mean=float(np.mean(returns)),
+            train_return=float(np.mean(self.last_returns)) if self.last_returns else None,
+            sps=self.step / self.wall_time,
+            wall_time=self.wall_time,
+        )
+        write_aside(self.dir / "result.json", lambda file: file.write(json.dumps(result, indent=1).encode()))
+        self.file.close()
+        self.bar.close()
+        if self.wandb:
+            self.wandb.finish()
+        self.lock.release()
+        cut = f", {evaluation['eval_cut']} of {len(returns)} episodes cut" if evaluation["eval_cut"] else ""
+        print(f"{self.dir}: evaluation {np.mean(returns):.2f} +- {np.std(returns):.2f}{cut}")
+        return result
+
+
+def write_aside(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Write a file aside and put it in place: a kill leaves the old one or the new one, and so does a full disk."""
+    aside = path.with_suffix(".tmp")
+    try:
+        with open(aside, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except (OSError, RuntimeError) as error:
+        aside.unlink(missing_ok=True)
+        reason = error if isinstance(error, OSError) else error.__context__  # torch.save hides the fault of the disk
+        raise Refusal(f"{path} could not be written ({reason}); {Run.saved}") from error
+
+
+def evaluate(agent: nn.Module, args: Args, folder: Path, max_steps: int = 27_000) -> dict:
+    """Returns of one greedy episode in each of args.eval_episodes fresh environments, and how many were cut.
+
+    An episode is cut after max_steps, for there are environments and policies whose episodes never end.
+    """
+    agent.eval()
+    envs = make_envs(args.env_id, args.eval_episodes, args.env_kwargs, render=args.capture_video)
+    to_env = action_map(envs.single_action_space)
+    obs, _ = envs.reset(seed=env_seed(args.seed, 500_000))
+    returns = np.zeros(args.eval_episodes)
+    running = np.ones(args.eval_episodes, bool)
+    frames = []  # of the first environment
+    for _ in range(max_steps):
+        if Run.stop_signal:
+            raise KeyboardInterrupt
+        if args.capture_video and running[0]:
+            frames.append(frame(envs, obs))
+        obs, rewards, terminated, truncated, _ = envs.step(to_env(agent.act(obs, greedy=True)))
+        returns += rewards * running
+        running &= ~(terminated | truncated)
+        if not running.any():
+            break
+    if frames:
+        video = importlib.import_module("gymnasium.utils.save_video")
+        video.save_video(frames, str(folder), lambda _: True, fps=envs.metadata.get("render_fps", 30))
+    envs.close()
+    return dict(eval_returns=returns.tolist(), eval_cut=int(running.sum()))
+
+
+def frame(envs: gym.vector.VectorEnv, obs: np.ndarray) -> np.ndarray:
+    """A picture (H, W, 3) of the first environment; that of Atari is its newest observation."""
+    if hasattr(envs.unwrapped, "envs"):
+        return envs.unwrapped.envs[0].render()
+    return np.repeat(obs[0, -1, :, :, None], 3, axis=-1)
+
+
+def check_video(args: Args) -> None:
+    """Raise Refusal if --capture-video will find nothing to film with, before anything is trained."""
+    try:
+        importlib.import_module("moviepy")
+    except ModuleNotFoundError as error:
+        raise Refusal(f"a package is missing: {error}") from error
+    make_envs(args.env_id, 1, args.env_kwargs, render=True).close()
+
+
+def find_family(env_id: str, env_kwargs: str) -> str:
+    """The first family that names the environment or its namespace, else the kind of its spaces; "" for none."""
+    if env_id.count(":") > 1:
+        raise Refusal(f"{env_id} is no id of an environment")
+    try:
+        namespace, name, _ = gym.envs.registration.parse_env_id(env_id.split(":")[-1])
+    except gym.error.Error as error:
+        raise Refusal(str(error)) from error
+    for family in FAMILIES:
+        if name in family.split() or f"{namespace}/" in family.split():
+            return family
+    envs = make_envs(env_id, 1, env_kwargs)
+    envs.close()
+    if "Discrete-states" in FAMILIES and isinstance(envs.single_observation_space, Discrete):
+        return "Discrete-states"
+    if "Box-actions" in FAMILIES and isinstance(envs.single_action_space, Box):
+        return "Box-actions"
+    return ""
+
+
+def parse_args(argv: list[str] | None = None) -> Args:
+    """Flags over the defaults of the environment's family or, with --resume, over the arguments of that run."""
+    first_look = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first_look.add_argument("--env-id", "--env_id", nargs="?", const=Args.env_id, default=Args.env_id)
+    first_look.add_argument("--env-kwargs", "--env_kwargs", nargs="?", const="", default="")
+    first_look.add_argument("--resume", nargs="?", const="", default="")
+    given, _ = first_look.parse_known_args(argv)
+    if given.resume:
+        defaults = read_config(Path(given.resume)) | dict(capture_video=False)
+        source = f"the arguments of {given.resume}"
+    else:
+        family = find_family(given.env_id, given.env_kwargs)
+        defaults = dict(env_id=given.env_id) | FAMILIES.get(family, {})
+        source = f"the defaults for {family or 'environments of no family'}"
+    args = tyro.cli(Args, args=argv, default=Args(**defaults), description=f"{__doc__}\nShown are {source}.")
+    print(f"{args.env_id} with {source}", flush=True)
+    if args.capture_video:
+        check_video(args)
+    return args
+
+
+def read_config(folder: Path) -> dict:
+    """The arguments of the run in a directory."""
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text())
+        arguments = {field.name: config[field.name] for field in fields(Args)}
+        for name, value in arguments.items():
+            kind = type(getattr(Args, name))
+            if not isinstance(value, int | float if kind is float else kind):
+                raise TypeError(f"{name} is {value}")
+    except FileNotFoundError as error:
+        raise Refusal(f"{folder} holds no run to resume") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise Refusal(f"{path} is damaged; start the run anew in another --run-dir") from error
+    return arguments
+
+
+def main() -> None:
+    """Train as the command line says. Bad input ends in one sentence; an error of the user's keeps its traceback."""
+
+    def stop(number: int, _: object) -> None:
+        if Run.stop_signal:
+            raise KeyboardInterrupt
+        Run.stop_signal = number
+        os.write(2, b"\nsaving and stopping at the next line of the log; once more to stop at once\n")
+
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        train(parse_args())
+    except Refusal as error:
+        print(f"{Path(__file__).name}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"{Path(__file__).name}: interrupted; {Run.saved}", file=sys.stderr)
+        sys.exit(128 + Run.stop_signal)
+
+
+# ====================================================================================================================
+# What follows is for this script alone: demonstrations in files of HDF5, in the layout of Minari's data sets.
+
+
+def import_h5py() -> ModuleType:
+    """The package h5py, which only runs with files need."""
+    try:
+        return importlib.import_module("h5py")
+    except ModuleNotFoundError as error:
+        raise Refusal(f"a package is missing: {error}") from error
+
+
+def read_episodes(path: str, count: int, obs_space: Space, action_space: Space) -> list[dict[str, np.ndarray]]:
+    """The first episodes of a file, by their numbers; raises Refusal if it does not hold that many of these spaces."""
+    h5py = import_h5py()
+    try:
+        with h5py.File(path) as file:
+            names = [name for name in file if re.fullmatch(r"episode_\d+", name)]
+            if len(names) < count:
+                raise Refusal(f"{path} holds {len(names)} episodes, fewer than num_demonstrations = {count}")
+            names.sort(key=lambda name: int(name.removeprefix("episode_")))  # else 10 would come before 2
+            episodes = [read_episode(file[name], obs_space, action_space) for name in names[:count]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise Refusal(f"{path} cannot be read as demonstrations: {error}") from error
+    return episodes
+
+
+def read_episode(group: Mapping, obs_space: Space, action_space: Space) -> dict[str, np.ndarray]:
+    """An episode of a file, as roll_out() gives it; raises ValueError if it does not fit the environment."""
+    columns = ("observations", "actions", "rewards", "terminations", "truncations")
+    episode = {name: np.asarray(group[name]) for name in columns}
+    T = len(episode["rewards"])
+    obs = episode["observations"]
+    actions = episode["actions"]
+    for name in columns:
+        wanted = T + 1 if name == "observations" else T
+        if T == 0 or len(episode[name]) != wanted:
+            raise ValueError(f"{group.name} has {len(episode[name])} {name} for {T} rewards, not {wanted}")
+    if obs.shape[1:] != obs_space.shape or actions.shape[1:] != action_space.shape:
+        raise ValueError(f"{group.name} has other observations or actions than {obs_space} and {action_space}")
+    if isinstance(action_space, Discrete) and not all(action_space.contains(action) for action in actions):
+        raise ValueError(f"{group.name} has actions that are not in {action_space}")
+    episode["observations"] = obs.astype(obs_space.dtype)
+    return episode
+
+
+def write_episodes(path: str, episodes: list[dict[str, np.ndarray]]) -> None:
+    """Write a file from which read_episodes, or Minari, gets the same episodes."""
+    h5py = import_h5py()
+    buffer = io.BytesIO()
+    with h5py.File(buffer, "w") as file:
+        for i, episode in enumerate(episodes):
+            group = file.create_group(f"episode_{i}")
+            group.attrs["id"] = i
+            group.attrs["total_steps"] = len(episode["rewards"])
+            for name, column in episode.items():
+                group[name] = column
+    write_aside(Path(path), lambda target: target.write(buffer.getvalue()))
+
+
+if __name__ == "__main__":
+    main()
