@@ -45,7 +45,7 @@ def launch(cells: list[Cell], workers: int | None, out: Path, algos: Path, addre
 class Run:
     """Train what is missing of a suite and print its table; exits 1 if a run failed or a row is below its bar."""
 
-    suite: str  # ci, classic, unsteady, box2d, mujoco, prediction, imitation, language, minatar, atari or ppo_paper
+    suite: str  # ci classic unsteady box2d mujoco distributed prediction imitation language minatar atari ppo_paper
     algo: str = ""  # only this algorithm
     env: str = ""  # only this environment
     seeds: str = ""  # instead of those of the suite, like 1-3,7
@@ -89,7 +89,7 @@ class Run:
 class Check:
     """Train fresh seeds of a suite; exits 1 where they are worse than the baselines or a run failed."""
 
-    suite: str  # ci, classic, unsteady, box2d, mujoco, prediction, imitation, language, minatar, atari or ppo_paper
+    suite: str  # ci classic unsteady box2d mujoco distributed prediction imitation language minatar atari ppo_paper
     algo: str = ""  # only this algorithm
     env: str = ""  # only this environment
     neutral: str = ""  # a git revision: leave out scripts that do what they did there

@@ -18,7 +18,7 @@ from typing import IO, NamedTuple
 
 from tqdm import tqdm
 
-from benchmark.suites import SUITES
+from benchmark.suites import SUITES, TORCHRUN
 
 try:
     import fcntl
@@ -183,6 +183,9 @@ def progress(run_dir: Path) -> tuple[int, float | None]:
 def command(cell: Cell, run_dir: Path, algos: Path) -> list[str]:
     """The command line that starts the cell or, if there is a checkpoint, continues it."""
     words = [sys.executable, str(algos / f"{cell.algo}.py")]
+    if cell.algo in TORCHRUN:
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(TORCHRUN[cell.algo])]
+        words[1:1] = torchrun
     if (run_dir / "checkpoint.pt").exists():
         return [*words, "--resume", str(run_dir)]
     words += ["--env-id", cell.env_id, "--seed", str(cell.seed), "--total-timesteps", str(cell.steps)]

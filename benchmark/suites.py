@@ -51,6 +51,11 @@ SUITES = {
         ("ddpg td3 sac", "HalfCheetah-v5", 100_000, "1-5", ""),
         ("td3 sac", "Hopper-v5", 1_000_000, "1", ""),
     ],
+    "distributed": [
+        ("a3c", "CartPole-v1", 200_000, "1-10", ""),
+        ("ddppo", "CartPole-v1", 100_000, "1-10", ""),
+        ("ddppo", "HalfCheetah-v5", 1_000_000, "1-3", ""),
+    ],
     "prediction": [
         ("td_prediction", "RandomWalk-v0", 3_000_000, "1-10", ""),
         ("td_prediction", "RandomWalk-v0", 3_000_000, "1-10", "--method mc"),
@@ -100,5 +105,6 @@ PPO_PAPER_ENVS = [
 SUITES["ppo_paper"] = [
     (algo, env_id, 1_000_000, "1-3", flags) for env_id in PPO_PAPER_ENVS for _, algo, flags, _ in PPO_PAPER
 ]
+TORCHRUN = {"ddppo": 2}  # how many processes torchrun starts of a script
 NO_FLOOR = {"RandomWalk-v0", "reviews", "countdown"}  # where a policy that acts at random has no score
 TABULATED = [suite for suite in SUITES if suite not in ("ci", "ppo_paper")]  # ppo_paper has a table of its own

@@ -106,6 +106,14 @@ def test_seeds_and_cells(monkeypatch):
     assert suite_cells("toy", algo="b", seeds="9", steps=5) == [Cell("b", "X/Y-v0", 5, 9, "--k 3")]
     assert suite_cells("toy")[0].name == "a--k3__X-Y-v0__10__1"
     assert command(suite_cells("toy")[0], Path("d"), Path("algos"))[-2:] == ["--k", "3"]
+    assert command(suite_cells("toy")[0], Path("d"), Path("algos"))[:2] == [sys.executable, str(Path("algos/a.py"))]
+
+
+def test_scripts_of_several_processes_are_started_by_torchrun():
+    words = command(Cell("ddppo", "X-v0", 10, 1), Path("d"), Path("algos"))
+    assert words[:3] == [sys.executable, "-m", "torch.distributed.run"]
+    assert words[words.index("--nproc-per-node") + 1] == "2"
+    assert words.index(str(Path("algos/ddppo.py"))) == words.index("--nproc-per-node") + 2
 
 
 def test_suites_and_references_fit():
