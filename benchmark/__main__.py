@@ -10,7 +10,7 @@ from typing import Literal
 
 import tyro
 
-from benchmark import markdown, pictures, report, speed
+from benchmark import markdown, pictures, report, scaling, speed
 from benchmark.run import Cell, Local, file_name, parse_seeds, read_result, replace_text, run_cells, suite_cells
 
 FOLDER = Path(__file__).parent
@@ -208,7 +208,20 @@ class Speed:
         return 0
 
 
-COMMANDS = {"run": Run, "check": Check, "report": Report, "speed": Speed}
+@dataclass
+class Scaling:
+    """Measure how the scripts of several processes scale; takes minutes on an idle machine."""
+
+    seeds: str = "1-3"  # those kept count
+    baselines: Path = FOLDER / "baselines"  # where scaling.json is kept
+
+    def execute(self) -> int:
+        """The exit code."""
+        print(scaling.summary(scaling.measure(self.baselines / "scaling.json", parse_seeds(self.seeds))))
+        return 0
+
+
+COMMANDS = {"run": Run, "check": Check, "report": Report, "speed": Speed, "scaling": Scaling}
 
 
 def main(argv: list[str] | None = None) -> int:

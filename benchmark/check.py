@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from scipy.stats import hypergeom
 
-from benchmark.markdown import aligned
+from benchmark.report import aligned
 from benchmark.run import Cell, read_result
 
 MARGIN = 0.1  # the share of the baseline that a seed may lack

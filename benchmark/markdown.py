@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmark import report, speed
+from benchmark import report, scaling, speed
 from benchmark.pictures import IMITATION, LANGUAGE, curve_file
-from benchmark.report import Row, iqm_interval, read_baselines
+from benchmark.report import Row, aligned, iqm_interval, read_baselines
 from benchmark.run import read_object
 from benchmark.suites import NO_FLOOR, PPO_PAPER, PPO_PAPER_ENVS
 
@@ -103,13 +103,6 @@ def table(lines: list[dict]) -> str:
     return aligned([HEAD, *map(table_row, lines)])
 
 
-def aligned(cells: list[list[str]]) -> str:
-    """A Markdown table of a head and rows, in columns of equal width."""
-    widths = [max(3, *map(len, column)) for column in zip(*cells)]  # of the rule under the head at least 3
-    rules = ["-" * width for width in widths]
-    return "\n".join("| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in [cells[0], rules, *cells[1:]])
-
-
 def paper_table(baselines: Path) -> str:
     """The experiment of the PPO paper: mean of the last 100 training episodes by setting and environment.
 
@@ -189,6 +182,7 @@ def results_file(baselines: Path, references: dict[Row, dict[str, str]]) -> str:
         **measures,
         "The experiment of the PPO paper": paper_section(baselines),
         "Speed": speed_section(baselines),
+        "Several processes": scaling.section(baselines),
     }
     text = f"{ABOUT}\n{table(list(report.results(kept, references).values()))}\n"
     for title, section in sections.items():

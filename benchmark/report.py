@@ -35,6 +35,13 @@ def iqm_interval(scores: np.ndarray, resamples: int = 2000) -> tuple[float, floa
     return float(trim_mean(scores, 0.25, axis=None)), float(low), float(high)
 
 
+def aligned(cells: list[list[str]]) -> str:
+    """A Markdown table of a head and rows, in columns of equal width."""
+    widths = [max(3, *map(len, column)) for column in zip(*cells)]  # of the rule under the head at least 3
+    rules = ["-" * width for width in widths]
+    return "\n".join("| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in [cells[0], rules, *cells[1:]])
+
+
 def read_references(path: Path) -> dict[Row, dict[str, str]]:
     """Bars and published scores, from the CSV file."""
     with open(path, newline="") as file:
