@@ -90,16 +90,18 @@ def draw_demonstrations(baselines: Path) -> None:
         hyperparameters = read_hyperparameters(baselines, row)
         episodes = hyperparameters["num_demonstrations"] + hyperparameters.get("num_labelled", 0)
         scores = iqm_interval(np.array([[run["eval_mean"]] for run in runs]))
-        points.setdefault(row[0].split()[0], []).append((episodes, *scores))
+        label = row[0].split()[0]
+        if hyperparameters["top_fraction"] < 1:
+            label += f", the best {hyperparameters['top_fraction']:.0%}"
+        points.setdefault(label, []).append((episodes, *scores))
         demonstrator += [run["numbers"]["demonstrator_mean"] for run in runs]
     if not points:
         return
     figure = plt.figure(figsize=(7, 3.8), layout="constrained")
     axes = figure.gca()
-    for algo, scores in points.items():
-        colour, _ = styles()[algo]
+    for label, scores in points.items():
         x, y, low, high = np.array(sorted(scores)).T
-        axes.errorbar(x, y, yerr=[y - low, high - y], color=colour, marker="o", capsize=3, label=algo)
+        axes.errorbar(x, y, yerr=[y - low, high - y], marker="o", capsize=3, label=label)
     axes.axhline(np.mean(demonstrator), color="black", linestyle=":", label="demonstrator")
     axes.set(title="LunarLander-v3", xlabel="episodes of the demonstrator", ylabel="return", xscale="log")
     axes.xaxis.set_major_formatter(ScalarFormatter())

@@ -66,6 +66,7 @@ SUITES = {
         ("behavior_cloning", "LunarLander-v3", 500_000, "1-10", ""),
         ("behavior_cloning", "LunarLander-v3", 500_000, "1-10", "--num-demonstrations 30"),
         ("behavior_cloning", "LunarLander-v3", 500_000, "1-10", "--num-demonstrations 60"),
+        ("behavior_cloning", "LunarLander-v3", 500_000, "1-10", "--num-demonstrations 60 --top-fraction 0.5"),
         ("dagger", "LunarLander-v3", 2_800_000, "1-10", "--num-labelled 2"),
         ("dagger", "LunarLander-v3", 2_800_000, "1-10", ""),
     ],

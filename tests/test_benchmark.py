@@ -445,7 +445,7 @@ def test_sections_and_pictures_of_demonstrations_and_language(tmp_path, monkeypa
                 numbers = dict(demonstrator_mean=240.0) if suite == "imitation" else dict(eval_kl=i + cell.seed / 10)
                 run = dict(seed=cell.seed, eval_mean=10.0 * i + cell.seed, sps=1.0, numbers=numbers, curve=curve)
                 runs.append(run | dict(curves=dict(proxy_reward=curve, kl=curve)))
-            settings = dict(num_demonstrations=i + 1, kl_coef=i / 8)
+            settings = dict(num_demonstrations=i + 1, kl_coef=i / 8, top_fraction=0.5 if "top" in row[0] else 1.0)
             text = json.dumps(dict(row=row, hyperparameters=settings, seeds=runs))
             (tmp_path / f"{report.file_name(row)}.json").write_text(text)
     pictures.draw_all(tmp_path)
@@ -463,6 +463,7 @@ def test_sections_and_pictures_of_demonstrations_and_language(tmp_path, monkeypa
     assert [shown.count(f"<!-- beta = {kl} -->") for kl in ("0", "0.125", "0.25", "0.5")] == [1, 1, 1, 0]
     shown = (tmp_path / pictures.IMITATION).read_text()
     assert [shown.count(f"<!-- {label} -->") for label in ("behavior_cloning", "dagger", "demonstrator")] == [1, 1, 1]
+    assert "behavior_cloning, the best 50%" in shown
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])

@@ -220,7 +220,7 @@ def test_what_is_printed_without_a_terminal(alone):
     assert lines[0] == f"{module.Args.env_id} with the defaults for {family}"
     assert lines[1] == f"runs/{run_dir.name}: step 0 of 1024"
     returns = result(run_dir)["eval_returns"]
-    assert lines[-1] == f"runs/{run_dir.name}: evaluation {np.mean(returns):.1f} +- {np.std(returns):.1f}"
+    assert lines[-1] == f"runs/{run_dir.name}: evaluation {np.mean(returns):.2f} +- {np.std(returns):.2f}"
 
 
 @each_back
