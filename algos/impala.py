@@ -33,10 +33,10 @@ import os
 import re
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -184,6 +184,7 @@ def impala_loss(agent: Agent, batch: dict[str, Tensor], args: Args) -> tuple[Ten
 def sample(all_weights: Iterator[dict[str, Tensor]], number: int, agent: Agent, args: Args) -> Iterator[tuple]:
     """A sampler: acts with each of the weights of mu that it gets; yields T steps and the returns of episodes."""
     torch.manual_seed(env_seed(args.seed, number))  # no two samplers have the same number
+    device = torch.device("cpu")
     envs = make_envs(args.env_id, args.num_envs, args.env_kwargs)
     to_env = action_map(envs.single_action_space)
     N = args.num_envs
@@ -211,17 +212,16 @@ def sample(all_weights: Iterator[dict[str, Tensor]], number: int, agent: Agent, 
             step = dict(obs=obs, actions=action, rewards=reward, terminated=terminated, done=done, valid=valid)
             rollout.append(step | dict(discounted=discounted))
             obs = next_obs
-        batch = stack(rollout, torch.device("cpu"))  # tensors (T, N, ...)
+        batch = stack(rollout, device)  # tensors (T, N, ...)
         with torch.no_grad():
             policy, _ = agent(batch["obs"].flatten(0, 1))
             batch["log_mu"] = policy.log_prob(batch["actions"].flatten(0, 1)).view(-1, N)
-        yield batch | dict(last_obs=to_tensor(obs, torch.device("cpu")), steps=weights["steps"]), episode_returns
+        yield batch | dict(last_obs=to_tensor(obs, device), steps=weights["steps"]), episode_returns
 
 
 def learn(batches: Iterator[dict[str, Tensor]], agent: Agent, optimizer: torch.optim.Optimizer, args: Args) -> Iterator:
     """The learner: updates pi with each batch that it gets; yields metrics and the weights after the update."""
     impala_gradients = gradients_of(impala_loss, agent.parameters(), args, max_norm=args.max_grad_norm)
-    N = args.num_envs
 
     for batch in batches:
         if args.anneal_lr:
@@ -238,8 +238,8 @@ def learn(batches: Iterator[dict[str, Tensor]], agent: Agent, optimizer: torch.o
         with torch.no_grad():
             policy, values = agent(batch["obs"].flatten(0, 1))
             _, last_values = agent(batch["last_obs"])
-            log_ratio = policy.log_prob(batch["actions"].flatten(0, 1)).view(-1, N) - batch["log_mu"]
-            values = torch.cat([values, last_values]).view(-1, N)
+            log_ratio = policy.log_prob(batch["actions"].flatten(0, 1)).view(-1, args.num_envs) - batch["log_mu"]
+            values = torch.cat([values, last_values]).view(-1, args.num_envs)
         returns, advantages, rhos = vtrace(rewards, values, log_ratio, batch["terminated"], batch["done"], args)
         batch |= dict(returns=returns, rhos=rhos)
         batch["advantages"] = (advantages - advantages[valid].mean()) / (advantages[valid].std() + 1e-8)
@@ -272,13 +272,13 @@ def train(args: Args) -> dict:
     batch_size = args.num_envs * args.num_steps
     num_iterations = args.total_timesteps // batch_size
     weights = copy_weights(agent)
-    asked = deque()  # batches that are under way, in their order
-    with Processes(run, args) as processes:
+    asked = []  # batches that are under way, in their order
+    with make_processes(run, args) as processes:
         for iteration in range(run.step // batch_size, num_iterations):
             # Ask for batches; each of those under way is an update that the next one will be late.
             while len(asked) <= min(args.max_lag, num_iterations - iteration - 1):
                 asked.append(processes.sample(weights))
-            batch, episode_returns = processes.receive(asked.popleft(), weights)
+            batch, episode_returns = processes.receive(asked.pop(0), weights)
             run.episode_returns += episode_returns
 
             # Learn from the oldest.
@@ -953,9 +953,9 @@ class Host:
     """What a process holds: a generator that turns each message into an answer, and the parts that it works on."""
 
     def __init__(self, function: Callable, parts: dict[str, nn.Module | torch.optim.Optimizer], **inputs: Any) -> None:
+        torch.set_num_threads(inputs["args"].torch_threads or os.cpu_count())
         self.parts = parts
         self.inbox = []
-        torch.set_num_threads(inputs["args"].torch_threads or os.cpu_count())
         self.answers = function(self.messages(), **parts, **inputs)
 
     def messages(self) -> Iterator[Any]:
@@ -973,8 +973,37 @@ class Host:
         return {name: part.state_dict() for name, part in self.parts.items()}
 
 
+class OneProcess:
+    """A sampler and the learner in this process; the former answers when it is asked."""
+
+    count = 1
+
+    def __init__(self, run: "RemoteRun", args: Args) -> None:
+        self.learner = Host(learn, run.parts, args=args)
+        self.sampler = Host(sample, **sampler_inputs(run, args, 0))
+
+    def __enter__(self) -> "OneProcess":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def sample(self, weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[float]]:
+        """A batch by the policy with these weights, and its returns of episodes."""
+        return self.sampler.answer(weights)
+
+    def receive(self, request: tuple, weights: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[float]]:
+        """What sample() has returned."""
+        return request
+
+    def learn(self, batch: dict[str, Tensor]) -> tuple[dict[str, float], dict[str, Tensor]]:
+        """Metrics of the update with this batch, and the weights after it."""
+        metrics, weights = self.learner.answer(batch)
+        return metrics | dict(lost_samplers=0), weights
+
+
 class Processes:
-    """The samplers and the learner: actors of Ray or, with --num-samplers 0, one of each in this process.
+    """The samplers and the learner as actors of Ray, whose messages go from process to process and not through here.
 
     They are started when the first batch is asked for, and gone when the context is left.
     """
@@ -983,92 +1012,89 @@ class Processes:
         self.run = run
         self.args = args
         self.ray = run.ray
-        self.count = args.num_samplers + 2 if self.ray else 1  # the learner, and the one that the user has started
+        self.count = args.num_samplers + 2  # the learner, and the one that the user has started
         self.learner = None
         self.samplers = []
         self.asked = 0  # batches, so far
         self.lost = 0  # samplers, so far
-        self.folder = None  # of Ray's files
+        self.guard = None  # ends what Ray has started, if this process is killed
 
     def __enter__(self) -> "Processes":
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.ray and self.ray.is_initialized():
+        if self.ray.is_initialized():
             for actor in (self.learner, *self.samplers):
                 if actor:
                     self.ray.kill(actor)
             self.ray.shutdown()
-        if self.folder:
-            self.folder.cleanup()
+        if self.guard:
+            self.guard.communicate(b"\n")  # nobody is left to be ended
 
     def start(self) -> None:
         """Start the learner and the samplers; raises Refusal if that cannot be done."""
-        args = self.args
-        parts = self.run.parts
-        self.samplers = [None] * max(1, args.num_samplers)
-        if not self.ray:
-            self.learner = Host(learn, parts, args=args)
-            self.start_sampler(0)
-            return
-
+        W = self.args.num_samplers
         begin = time.time()
-        self.start_ray()
+        try:
+            self.start_ray()
+        except Exception as error:  # what is raised depends on what is wrong
+            raise Refusal(f"no Ray at {self.args.address or 'this machine'}: {str(error).splitlines()[0]}") from error
+        self.send_by_value()
         node = self.ray.get_runtime_context().get_node_id()
         here = self.ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node, soft=False)
-        remote = self.ray.remote(num_cpus=0, scheduling_strategy=here)(Host)  # on this machine, which has its device
-        self.learner = remote.remote(learn, parts, args=args)
-        for index in range(args.num_samplers):
-            self.start_sampler(index)
+        actor = self.ray.remote(num_cpus=0, scheduling_strategy=here)(Host)  # on this machine, which has --device
+        self.learner = actor.remote(learn, self.run.parts, args=self.args)
+        self.samplers = [self.start_sampler(index) for index in range(W)]
         try:
             self.ray.get([actor.__ray_ready__.remote() for actor in (self.learner, *self.samplers)], timeout=120)
         except self.ray.exceptions.GetTimeoutError as error:
-            raise Refusal(f"Ray has found no room for {args.num_samplers} samplers, each with a CPU") from error
+            raise Refusal(f"Ray has found no room for {W} samplers, which take a CPU each") from error
+        self.tell_guard()
         self.run.fetch = self.fetch
         seconds = time.time() - begin
         self.run.start += seconds  # training has not begun
-        tqdm.write(f"{args.num_samplers} samplers and the learner have started in {seconds:.1f} s")
-
-    def start_sampler(self, index: int) -> None:
-        """Start a sampler: the first one of this index, or one in place of it."""
-        update = self.run.step // (self.args.num_envs * self.args.num_steps)
-        number = update * len(self.samplers) + index
-        parts = dict(agent=copy.deepcopy(self.run.parts["agent"]).cpu())
-        if self.ray:
-            remote = self.ray.remote(num_cpus=1, scheduling_strategy="SPREAD")(Host)
-            self.samplers[index] = remote.remote(sample, parts, number=number, args=self.args)
-        else:
-            self.samplers[index] = Host(sample, parts, number=number, args=self.args)
+        tqdm.write(f"the learner and {W} sampler{'s' if W > 1 else ''} have started in {seconds:.1f} s")
 
     def start_ray(self) -> None:
-        """Start Ray on this machine, for this run alone, or join the cluster; raises Refusal."""
-        args = self.args
+        """Start Ray on this machine, for this run alone, or join the cluster."""
         numbers = (signal.SIGINT, signal.SIGTERM)
         handlers = [signal.getsignal(number) for number in numbers]
+        address = self.args.address or "local"
         options = dict(log_to_driver=False, logging_level="ERROR")
-        try:
-            if args.address:
-                host, _, port = args.address.rpartition(":")
-                if host:  # Ray itself would try for minutes
-                    socket.create_connection((host, int(port)), timeout=10).close()
-            else:
-                self.folder = tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True)
-                options |= dict(num_cpus=args.num_samplers + 1, object_store_memory=256 * 2**20)
-                options |= dict(include_dashboard=False, _node_ip_address="127.0.0.1", _temp_dir=self.folder.name)
-            self.ray.init(args.address or "local", **options)
-        except Exception as error:  # what is raised depends on what is wrong
-            raise Refusal(f"no Ray at {args.address or 'this machine'}: {error}") from error
+        if ":" in address:  # Ray itself would try for minutes
+            host, _, port = address.rpartition(":")
+            socket.create_connection((host, int(port)), timeout=10).close()
+        if address == "local":
+            folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # the paths of its sockets must be short
+            command = f'while read line; do pids=$line; done; kill -9 $pids; rm -rf "{folder}"'
+            pipe = subprocess.PIPE  # the loop ends when this process does
+            self.guard = subprocess.Popen(["sh", "-c", command], stdin=pipe, stderr=pipe, start_new_session=True)
+            options |= dict(num_cpus=self.args.num_samplers + 1, object_store_memory=256 * 2**20)
+            options |= dict(include_dashboard=False, _temp_dir=folder)
+        self.ray.init(address, **options)
         for number, handler in zip(numbers, handlers):
             signal.signal(number, handler)  # Ray has set its own
-        self.send_by_value()
+        self.tell_guard()
+
+    def tell_guard(self) -> None:
+        """Say which processes are to be ended if this one is killed: some of Ray's would take a minute."""
+        if self.guard:
+            pids = [str(pid) for pid in descendants(os.getpid()) if pid != self.guard.pid]
+            self.guard.stdin.write(f"{' '.join(pids)}\n".encode())
+            self.guard.stdin.flush()
 
     def send_by_value(self) -> None:
         """Let functions and classes of this file travel whole: other machines do not have it."""
         self.ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-        register = self.ray.util.register_serializer  # for what pickle cannot send
+        register = self.ray.util.register_serializer  # for two things that they use and that cannot
         register(type(can_compile), serializer=lambda cached: cached.__wrapped__, deserializer=functools.cache)
         config = torch._dynamo.config
         register(type(config), serializer=lambda module: module.__name__, deserializer=importlib.import_module)
+
+    def start_sampler(self, index: int) -> Any:
+        """Start a sampler: the first one of this index, or one in its place."""
+        actor = self.ray.remote(num_cpus=1, scheduling_strategy="SPREAD")(Host)
+        return actor.remote(sample, **sampler_inputs(self.run, self.args, index))
 
     def sample(self, weights: Any) -> tuple[int, Any, Any]:
         """Ask the next sampler in turn for a batch by the policy with these weights; receive() waits for it."""
@@ -1081,30 +1107,25 @@ class Processes:
     def ask(self, index: int, weights: Any) -> tuple[int, Any, Any]:
         """Ask the sampler of this index for a batch."""
         sampler = self.samplers[index]
-        if not self.ray:
-            return index, sampler, sampler.answer(weights)
         return index, sampler, sampler.answer.options(num_returns=2).remote(weights)
 
     def receive(self, request: tuple[int, Any, Any], weights: Any) -> tuple[Any, list[float]]:
         """The batch that was asked for and its returns of episodes; a lost sampler is replaced, with these weights."""
         index, sampler, answer = request
-        if not self.ray:
-            return answer
         for _ in range(3):
             batch, episode_returns = answer
             try:
                 return batch, self.get(episode_returns)
             except self.ray.exceptions.RayActorError:
-                if sampler is self.samplers[index]:  # else another of its batches was asked for before
+                if sampler is self.samplers[index]:  # else it was replaced when another of its batches was missed
                     self.lost += 1
-                    self.start_sampler(index)
+                    self.ray.kill(sampler)  # it may only be out of reach
+                    self.samplers[index] = self.start_sampler(index)
                 _, sampler, answer = self.ask(index, weights)
         self.end(f"sampler {index} has died 3 times in a row")
 
     def learn(self, batch: Any) -> tuple[dict[str, float], Any]:
         """Metrics of the update with this batch, and the weights after it."""
-        if not self.ray:
-            return self.learner.answer(batch)
         metrics, weights = self.learner.answer.options(num_returns=2).remote(batch)
         return self.of_learner(metrics) | dict(lost_samplers=self.lost), weights
 
@@ -1121,7 +1142,7 @@ class Processes:
             self.end("the learner has died")
 
     def get(self, answer: Any) -> Any:
-        """What an actor answers."""
+        """What an actor answers; a Refusal is raised as what it was there."""
         try:
             return self.ray.get(answer)
         except self.ray.exceptions.RayTaskError as error:
@@ -1133,6 +1154,18 @@ class Processes:
         """End the run."""
         self.run.bar.close()
         sys.exit(f"\n{Path(__file__).name}: {reason}; {Run.saved}")
+
+
+def make_processes(run: "RemoteRun", args: Args) -> OneProcess | Processes:
+    """What samples and learns, as --num-samplers asks."""
+    return Processes(run, args) if run.ray else OneProcess(run, args)
+
+
+def sampler_inputs(run: "RemoteRun", args: Args, index: int) -> dict[str, Any]:
+    """What a sampler is made of; its number is that of no other sampler that has ever been started in this run."""
+    iteration = run.step // (args.num_envs * args.num_steps)
+    number = iteration * max(1, args.num_samplers) + index
+    return dict(parts=dict(agent=copy.deepcopy(run.parts["agent"]).cpu()), number=number, args=args)
 
 
 class RemoteRun(Run):
@@ -1149,7 +1182,8 @@ class RemoteRun(Run):
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # the learner sees its GPU
         if not self.args.address:
-            os.environ.setdefault("RAY_AUTH_MODE", "token")  # no other user of this machine can send it commands
+            os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # on any system: listen to this machine alone
+            os.environ.setdefault("RAY_AUTH_MODE", "token")  # and there to this user alone
             os.environ.setdefault("RAY_AUTH_TOKEN", os.urandom(32).hex())
         try:
             self.ray = importlib.import_module("ray")
@@ -1162,6 +1196,19 @@ class RemoteRun(Run):
         if self.fetch:
             self.fetch()
         super().save()
+
+
+def descendants(pid: int) -> list[int]:
+    """The processes that this one has started, and those that they have (Linux alone knows)."""
+    found = []
+    for file in Path(f"/proc/{pid}/task").glob("*/children"):
+        try:
+            children = [int(child) for child in file.read_text().split()]
+        except OSError:  # it has just ended
+            continue
+        for child in children:
+            found += [child, *descendants(child)]
+    return found
 
 
 def copy_weights(agent: Agent) -> dict[str, Tensor]:
