@@ -973,14 +973,22 @@ class Host:
         return {name: part.state_dict() for name, part in self.parts.items()}
 
 
+class Sampler(Host):
+    """The host of a sampler; Ray names the process by it."""
+
+
+class Learner(Host):
+    """The host of the learner."""
+
+
 class OneProcess:
     """A sampler and the learner in this process; the former answers when it is asked."""
 
     count = 1
 
     def __init__(self, run: "RemoteRun", args: Args) -> None:
-        self.learner = Host(learn, run.parts, args=args)
-        self.sampler = Host(sample, **sampler_inputs(run, args, 0))
+        self.learner = Learner(learn, run.parts, args=args)
+        self.sampler = Sampler(sample, **sampler_inputs(run, args, 0))
 
     def __enter__(self) -> "OneProcess":
         return self
@@ -1042,7 +1050,7 @@ class Processes:
         self.send_by_value()
         node = self.ray.get_runtime_context().get_node_id()
         here = self.ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node, soft=False)
-        actor = self.ray.remote(num_cpus=0, scheduling_strategy=here)(Host)  # on this machine, which has --device
+        actor = self.ray.remote(num_cpus=0, scheduling_strategy=here)(Learner)  # on this machine, which has --device
         self.learner = actor.remote(learn, self.run.parts, args=self.args)
         self.samplers = [self.start_sampler(index) for index in range(W)]
         try:
@@ -1093,7 +1101,7 @@ class Processes:
 
     def start_sampler(self, index: int) -> Any:
         """Start a sampler: the first one of this index, or one in its place."""
-        actor = self.ray.remote(num_cpus=1, scheduling_strategy="SPREAD")(Host)
+        actor = self.ray.remote(num_cpus=1, scheduling_strategy="SPREAD")(Sampler)
         return actor.remote(sample, **sampler_inputs(self.run, self.args, index))
 
     def sample(self, weights: Any) -> tuple[int, Any, Any]:

@@ -1,0 +1,213 @@
+"""IMPALA with real processes: they do what one process does, whoever is killed, and none outlives the run."""
+
+import json
+import os
+import re
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+from launch import Process, is_alive, wait_until
+from runs import arguments, checkpoint, equal, leaves, line, metrics, result, resume, steps
+
+from algos import impala
+
+pytest.importorskip("ray")
+TESTS = Path(__file__).parent
+PLAIN = dict(num_envs=4, num_steps=32, total_timesteps=4 * 32 * 8, norm_obs=True, norm_reward=True, seed=5)
+
+
+def ray_process(argv: list[str], folder: Path) -> Process:
+    """The script, whose processes find the environments of the tests; what they write at home, they write here."""
+    where = dict(PYTHONPATH=os.pathsep.join([str(TESTS), str(TESTS.parent)]), HOME=str(folder), OMP_NUM_THREADS="1")
+    return Process(impala.__file__, argv, folder, environ=where, path=[TESTS, TESTS.parent])
+
+
+def signalling(folder: Path, kwargs: dict, **settings) -> list[str]:
+    """The command line of an endless run of two samplers."""
+    settings = dict(total_timesteps=10**6, checkpoint_every=64, num_samplers=2, max_lag=2) | settings
+    env = dict(env_id="envs:test/Signalling-v0", env_kwargs=json.dumps(kwargs))
+    return line(impala, **settings | env, run_dir=folder / "run")
+
+
+def descendants(pid: int) -> dict[int, str]:
+    """The processes that this one has started, and those that they have, with their names."""
+    found = {}
+    for file in Path(f"/proc/{pid}/task").glob("*/children"):
+        try:
+            children = [int(child) for child in file.read_text().split()]
+        except OSError:
+            continue
+        for child in children:
+            if is_alive(child):
+                found[child] = Path(f"/proc/{child}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+                found |= descendants(child)
+    return found
+
+
+def actors(pid: int, kind: str) -> list[int]:
+    """The processes of the learner or of the samplers."""
+    return [child for child, name in descendants(pid).items() if name.startswith(f"ray::{kind}")]
+
+
+def listening(pids: list[int]) -> set[str]:
+    """The addresses at which these processes take connections, in the kernel's notation."""
+    sockets = set()
+    for pid in pids:
+        for file in Path(f"/proc/{pid}/fd").iterdir():
+            try:
+                sockets |= set(re.findall(r"socket:\[(\d+)\]", os.readlink(file)))
+            except OSError:
+                continue
+    found = set()
+    for table in ("tcp", "tcp6"):
+        for row in Path(f"/proc/self/net/{table}").read_text().splitlines()[1:]:
+            _, local, _, state, *_, inode = row.split()[:10]
+            if state == "0A" and inode in sockets:
+                found.add(local.split(":")[0])
+    return found
+
+
+LOOPBACK = {"0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000"}
+
+
+class Samplers(impala.OneProcess):
+    """Several samplers in this process."""
+
+    def __init__(self, run, args):
+        super().__init__(run, args)
+        self.samplers = [impala.Sampler(impala.sample, **impala.sampler_inputs(run, args, i)) for i in range(2)]
+        self.randoms = [None, None]  # each sampler has random numbers of its own
+        self.asked = 0
+
+    def sample(self, weights):
+        index = self.asked % 2
+        self.asked += 1
+        if self.randoms[index] is not None:
+            impala.torch.set_rng_state(self.randoms[index])
+        answer = self.samplers[index].answer(weights)
+        self.randoms[index] = impala.torch.get_rng_state()
+        return answer
+
+
+def same(one: Path, two: Path) -> None:
+    """The same bits in checkpoint, log and evaluation."""
+    for part in ("agent", "optimizer"):
+        assert equal(leaves(checkpoint(one)[part]), leaves(checkpoint(two)[part]))
+    for row, other in zip(metrics(one), metrics(two), strict=True):
+        assert {**row, "wall_time": 0, "SPS": 0} == {**other, "wall_time": 0, "SPS": 0}
+    assert result(one)["eval_returns"] == result(two)["eval_returns"]
+
+
+def test_one_sampler_without_lag(tmp_path):
+    """Bit for bit the run of one process: parameters or normalisers that lag, get lost on the way or are read too soon.
+
+    And what a newcomer sees of Ray: one line that says how long it took, nothing at home, no error.
+    """
+    settings = PLAIN | dict(max_lag=0, optimizer="adam")
+    impala.train(arguments(impala, tmp_path / "here", num_samplers=0, **settings))
+    done = ray_process(line(impala, num_samplers=1, run_dir="there", **settings), tmp_path).wait()
+    assert (done.rc, done.err) == (0, "")
+    same(tmp_path / "here", tmp_path / "there")
+    assert result(tmp_path / "there")["processes"] == 3
+    assert re.fullmatch(
+        r"CartPole-v1 with the defaults for environments of no family\nthere: step 0 of 1024\n"
+        r"the learner and 1 sampler have started in \d+\.\d s\nthere: evaluation \d+\.\d \+- \d+\.\d\n",
+        done.out,
+    )
+    assert {path.name for path in tmp_path.iterdir()} == {"here", "there"}
+    assert result(tmp_path / "there")["wall_time"] < float(re.search(r"started in (\S+) s", done.out)[1])
+
+
+def test_two_samplers_with_lag(tmp_path, monkeypatch):
+    """The order of batches and weights left to chance, a lag above --max-lag, a resumed run that starts elsewhere."""
+    settings = PLAIN | dict(max_lag=3, num_samplers=2, total_timesteps=768)
+    done = ray_process(line(impala, run_dir="there", **settings), tmp_path).wait()
+    assert (done.rc, done.err) == (0, "")
+    done = ray_process(["--resume", "there", "--total-timesteps", "1024"], tmp_path).wait()
+    assert (done.rc, done.err) == (0, "")
+    monkeypatch.setattr(impala, "make_processes", Samplers)
+    impala.train(arguments(impala, tmp_path / "here", **settings))
+    resume(impala, tmp_path / "here", "--total-timesteps", "1024")
+    same(tmp_path / "here", tmp_path / "there")
+    assert [row["lag"] for row in metrics(tmp_path / "there")] == [0, 1, 2, 3, 3, 3, 0, 1]
+    assert result(tmp_path / "there")["processes"] == 4
+
+
+# Whoever is killed
+
+
+def start_and_wait(folder: Path) -> tuple[Process, dict[int, str]]:
+    """An endless run that has saved a checkpoint, and the processes below it."""
+    run = ray_process(signalling(folder, dict(pause=0.001)), folder)
+    wait_until((folder / "run" / "checkpoint.pt").exists, 60)
+    started = descendants(run.pid)
+    assert len(actors(run.pid, "Sampler")) == 2
+    assert len(actors(run.pid, "Learner")) == 1
+    return run, started
+
+
+def all_gone(started: dict[int, str], seconds: float) -> None:
+    """None of these processes outlives the run by more than so many seconds."""
+    wait_until(lambda: not any(map(is_alive, started)), seconds)
+
+
+def promise(folder: Path) -> str:
+    """What the last line of a run says that has a checkpoint."""
+    return f"--resume {folder / 'run'} continues from step {checkpoint(folder / 'run')['step']}"
+
+
+def test_a_lost_sampler_and_a_lost_learner(tmp_path):
+    """A run that ends with a sampler or goes on without it, one that waits for a dead learner; a lost checkpoint."""
+    run, started = start_and_wait(tmp_path)
+    first = set(actors(run.pid, "Sampler"))
+    os.kill(min(first), signal.SIGKILL)
+    wait_until(lambda: metrics(tmp_path / "run")[-1]["lost_samplers"] == 1, 60)
+    step = steps(tmp_path / "run")[-1]
+    wait_until(lambda: steps(tmp_path / "run")[-1] > step + 6 * 32)
+    second = set(actors(run.pid, "Sampler"))
+    assert len(second) == 2
+    assert len(second & first) == 1
+    started |= descendants(run.pid)
+    (learner,) = actors(run.pid, "Learner")
+    os.kill(learner, signal.SIGKILL)
+    run.wait(20)
+    all_gone(started, 10)
+    assert run.rc == 1
+    assert run.err.strip() == f"impala.py: the learner has died; {promise(tmp_path)}"
+    assert {row["lost_samplers"] for row in metrics(tmp_path / "run")} == {0, 1}
+    assert {row["lag"] for row in metrics(tmp_path / "run")} <= {0, 1, 2}
+    assert np.all(np.diff(steps(tmp_path / "run")) == 32)
+
+
+def test_a_killed_parent(tmp_path):
+    """SIGKILL of the process that the user has started: nothing is left of its processes, of Ray, or of Ray's files.
+
+    While it lives, no other machine can reach any of them.
+    """
+    run, started = start_and_wait(tmp_path)
+    (raylet,) = [name for name in started.values() if "raylet_socket_name" in name]
+    folder = Path(re.search(r"raylet_socket_name=(/tmp/ray-[^/]+)", raylet)[1])
+    found = listening([run.pid, *started])
+    assert found
+    assert found <= LOOPBACK
+    os.kill(run.pid, signal.SIGKILL)
+    run.wait(5)
+    all_gone(started, 10)
+    assert (run.rc, run.err) == (-signal.SIGKILL, "")
+    wait_until(lambda: not folder.exists(), 5)
+
+
+def test_ctrl_c(tmp_path):
+    """A signal to all processes, as from a terminal: one sentence, a checkpoint of the last step, and nobody left."""
+    run, started = start_and_wait(tmp_path)
+    for pid in [*started, run.pid]:
+        if is_alive(pid):
+            os.kill(pid, signal.SIGINT)
+    run.wait(20)
+    all_gone(started, 10)
+    assert run.rc == 128 + signal.SIGINT
+    assert run.err.strip().splitlines()[-1] == f"impala.py: interrupted; {promise(tmp_path)}"
+    assert "Traceback" not in run.err
+    assert checkpoint(tmp_path / "run")["step"] == steps(tmp_path / "run")[-1]
