@@ -1069,9 +1069,6 @@ class Processes:
         handlers = [signal.getsignal(number) for number in numbers]
         address = self.args.address or "local"
         options = dict(log_to_driver=False, logging_level="ERROR")
-        if ":" in address:  # Ray itself would try for minutes
-            host, _, port = address.rpartition(":")
-            socket.create_connection((host, int(port)), timeout=10).close()
         if address == "local":
             folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # the paths of its sockets must be short
             command = f'while read line; do pids=$line; done; kill -9 $pids; rm -rf "{folder}"'
@@ -1198,6 +1195,16 @@ class RemoteRun(Run):
         except ModuleNotFoundError as error:
             advice = "pip install ray==2.60.0, or act in this process with --num-samplers 0"
             raise Refusal(f"--num-samplers {self.args.num_samplers} needs Ray: {advice}") from error
+        if ":" in self.args.address:
+            self.check_address()
+
+    def check_address(self) -> None:
+        """Raise Refusal if nobody listens there: Ray itself would try for minutes."""
+        host, _, port = self.args.address.removeprefix("ray://").rpartition(":")
+        try:
+            socket.create_connection((host, int(port)), timeout=10).close()
+        except (OSError, ValueError) as error:
+            raise Refusal(f"no Ray at {self.args.address}: {error}") from error
 
     def save(self) -> None:
         """Write the checkpoint with what the learner has learned."""

@@ -512,3 +512,122 @@ def test_an_address_without_samplers():
     """A cluster that would not be used."""
     with pytest.raises(impala.Refusal, match=r"address.*num_samplers 0"):
         impala.Args(address="auto", num_samplers=0)
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "127.0.0.1:x", "nowhere.invalid:6379"])
+def test_an_address_where_nobody_listens(address, tmp_path):
+    """Minutes of trying, or a directory for a run that never was."""
+    pytest.importorskip("ray")
+    with pytest.raises(impala.Refusal, match=f"^no Ray at {address}: .*$"):
+        impala.train(make_args(impala, tmp_path, num_samplers=2, address=address))
+    assert not (tmp_path / "run").exists()
+
+
+# Losses, with something in place of Ray
+
+
+class Lost(Exception):
+    """What Ray raises where an actor has died."""
+
+
+class TaskError(Exception):
+    """What Ray raises where an actor has raised an error."""
+
+    def __init__(self, cause):
+        self.cause = cause
+
+
+class FakeRay:
+    """Answers are what they say, or errors that are raised."""
+
+    exceptions = SimpleNamespace(RayActorError=Lost, RayTaskError=TaskError)
+
+    def __init__(self):
+        self.killed = []
+
+    def get(self, answer):
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def kill(self, actor):
+        self.killed.append(actor)
+
+
+class FakeActor:
+    """A sampler that says who it is, what it was asked and, if it lives, that an episode has returned 1."""
+
+    def __init__(self, name, lives=True):
+        self.name = name
+        self.lives = lives
+        self.answer = SimpleNamespace(options=lambda num_returns: SimpleNamespace(remote=self.remote))
+
+    def remote(self, weights):
+        return f"{self.name} with {weights}", [1.0] if self.lives else Lost()
+
+
+def fake_processes(module, lives):
+    """Two samplers and what starts others."""
+    run = SimpleNamespace(ray=FakeRay(), bar=SimpleNamespace(close=lambda: None))
+    processes = module.Processes(run, module.Args(num_samplers=2))
+    processes.learner = True  # there is one
+    processes.samplers = [FakeActor("first 0"), FakeActor("first 1")]
+    names = iter(["second", "third", "fourth", "fifth"])
+    processes.start_sampler = lambda index: FakeActor(f"{next(names)} {index}", lives)
+    return processes
+
+
+@ours
+def test_a_loss_is_counted_once(module):
+    """A replacement for each batch that a lost sampler owes, or for its replacement; an answer of the other one."""
+    processes = fake_processes(module, lives=True)
+    lost = processes.samplers[0]
+    requests = [processes.sample(f"w{k}") for k in range(3)]
+    lost.lives = False
+    requests.append(processes.sample("w3"))
+    requests.append(processes.sample("w4"))
+    assert [request[0] for request in requests] == [0, 1, 0, 1, 0]
+    requests[2] = (0, lost, ("lost", Lost()))
+    answers = [processes.receive(request, f"v{k}")[0] for k, request in enumerate(requests)]
+    assert answers == ["first 0 with w0", "first 1 with w1", "second 0 with v2", "first 1 with w3", "second 0 with v4"]
+    assert processes.lost == 1
+    assert processes.run.ray.killed == [lost]
+
+
+@ours
+def test_a_sampler_that_always_dies_ends_the_run(module):
+    """Replacements without an end."""
+    processes = fake_processes(module, lives=False)
+    processes.samplers[0].lives = False
+    with pytest.raises(SystemExit, match=r"impala\.py: sampler 0 has died 3 times in a row; nothing was saved"):
+        processes.receive(processes.sample("w"), "v")
+    assert processes.lost == 3
+
+
+@bugs(
+    ("impala", "if sampler is self.samplers[index]:", "if True:"),
+    ("impala", "index = self.asked % len(self.samplers)", "index = 0"),
+    ("impala", "return batch, self.get(episode_returns)", "return batch, episode_returns"),
+)
+def test_losses_see(request, name, old, new):
+    fails_with_a_bug(request, test_a_loss_is_counted_once, name, old, new)
+
+
+@bugs(
+    ("impala", "for _ in range(3):", "for _ in range(4):"),
+    ("impala", "_, sampler, answer = self.ask(index, weights)", "_, _, answer = self.ask(index, weights)"),
+)
+def test_dying_samplers_see(request, name, old, new):
+    fails_with_a_bug(request, test_a_sampler_that_always_dies_ends_the_run, name, old, new)
+
+
+@ours
+def test_errors_of_actors(module):
+    """A Refusal that is printed as a traceback, or an error of the user's that becomes a sentence."""
+    processes = fake_processes(module, lives=True)
+    with pytest.raises(module.Refusal, match=r"^mine$"):
+        processes.get(TaskError(module.Refusal("mine")))
+    with pytest.raises(TaskError):
+        processes.get(TaskError(ValueError("mine")))
+    with pytest.raises(SystemExit, match=r"impala\.py: the learner has died; nothing was saved"):
+        processes.of_learner(Lost())

@@ -15,13 +15,14 @@ from algos import impala
 
 pytest.importorskip("ray")
 TESTS = Path(__file__).parent
+PATH = os.pathsep.join([str(TESTS), str(TESTS.parent)])
 PLAIN = dict(num_envs=4, num_steps=32, total_timesteps=4 * 32 * 8, norm_obs=True, norm_reward=True, seed=5)
 
 
 def ray_process(argv: list[str], folder: Path) -> Process:
     """The script, whose processes find the environments of the tests; what they write at home, they write here."""
-    where = dict(PYTHONPATH=os.pathsep.join([str(TESTS), str(TESTS.parent)]), HOME=str(folder), OMP_NUM_THREADS="1")
-    return Process(impala.__file__, argv, folder, environ=where, path=[TESTS, TESTS.parent])
+    where = dict(PYTHONPATH=PATH, HOME=str(folder), OMP_NUM_THREADS="1", RAY_AUTH_MODE=os.environ.get("RAY_AUTH_MODE"))
+    return Process(impala.__file__, argv, folder, environ=where, path=[folder, TESTS, TESTS.parent])
 
 
 def signalling(folder: Path, kwargs: dict, **settings) -> list[str]:
@@ -133,6 +134,49 @@ def test_two_samplers_with_lag(tmp_path, monkeypatch):
     same(tmp_path / "here", tmp_path / "there")
     assert [row["lag"] for row in metrics(tmp_path / "there")] == [0, 1, 2, 3, 3, 3, 0, 1]
     assert result(tmp_path / "there")["processes"] == 4
+
+
+OWN = """
+import gymnasium as gym
+import envs
+
+
+class Own(envs.ValueOnly):
+    def step(self, action):
+        raise ValueError("it is my own fault")
+
+
+gym.register("Own-v0", Own)
+"""
+
+
+@pytest.fixture
+def cluster(monkeypatch):
+    """Two nodes of Ray that have a CPU each."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")  # else a token appears in the home directory
+    cluster_utils = pytest.importorskip("ray.cluster_utils")
+    node = dict(num_cpus=1, env_vars=dict(PYTHONPATH=PATH, OMP_NUM_THREADS="1"))
+    cluster = cluster_utils.Cluster(initialize_head=True, head_node_args=node)
+    cluster.add_node(**node)
+    cluster.wait_for_nodes()
+    yield cluster
+    cluster.shutdown()
+
+
+def test_a_cluster(tmp_path, monkeypatch, cluster):
+    """A sampler on each node: the same bits again; an error in an environment there keeps its traceback."""
+    settings = PLAIN | dict(num_samplers=2, max_lag=1)
+    done = ray_process(line(impala, run_dir="there", address=cluster.address, **settings), tmp_path).wait()
+    assert (done.rc, done.err) == (0, "")
+    monkeypatch.setattr(impala, "make_processes", Samplers)
+    impala.train(arguments(impala, tmp_path / "here", **settings))
+    same(tmp_path / "here", tmp_path / "there")
+
+    (tmp_path / "own.py").write_text(OWN)
+    settings = dict(env_id="own:Own-v0", num_samplers=1, address=cluster.address)
+    done = ray_process(line(impala, run_dir="own", **settings), tmp_path).wait()
+    assert done.rc == 1
+    assert re.search(r'own\.py", line 8, in step\s+raise ValueError\("it is my own fault"\)', done.err)
 
 
 # Whoever is killed
