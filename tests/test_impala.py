@@ -14,7 +14,7 @@ from gymnasium.spaces import Discrete
 from launch import Process
 from off_policy import bugs
 from on_policy import each_space, entropy, log_prob, make_agent, sample
-from runs import checkpoint, each, fails_with_a_bug, line, metrics, result, resume
+from runs import checkpoint, each, equal, fails_with_a_bug, line, metrics, result, resume
 from test_probes import learn as learn_probe
 from test_probes import near, value
 
@@ -405,10 +405,26 @@ def test_lag_in_the_log(module, tmp_path, max_lag):
     ("impala", ASK, "while len(asked) <= args.max_lag:"),
     ("impala", "asked.pop(0)", "asked.pop()"),
     ("impala", "agent.steps += valid.numel()", "agent.steps += valid.sum()"),
-    ("impala", 'tensor.to("cpu", copy=True)', "tensor.cpu()"),
 )
 def test_lag_sees(request, name, old, new):
     fails_with_a_bug(request, test_lag_in_the_log, name, old, new, max_lag=1)
+
+
+@ours
+def test_weights_are_a_copy(module):
+    """Weights that change while they are under way, as the learner goes on."""
+    agent, _ = make_agent(module, Discrete(4))
+    weights = module.copy_weights(agent)
+    before = copy.deepcopy(weights)
+    with torch.no_grad():
+        for tensor in agent.state_dict().values():
+            tensor.add_(1)
+    assert equal(weights, before)
+
+
+@bugs(("impala", 'tensor.to("cpu", copy=True)', "tensor.cpu()"))
+def test_copies_see(request, name, old, new):
+    fails_with_a_bug(request, test_weights_are_a_copy, name, old, new)
 
 
 @ours
