@@ -1062,6 +1062,7 @@ class Processes:
         self.run.fetch = self.fetch
         seconds = time.time() - begin
         self.run.start += seconds  # training has not begun
+        self.run.next_line += seconds
         tqdm.write(f"the learner and {W} sampler{'s' if W > 1 else ''} have started in {seconds:.1f} s")
 
     def start_ray(self) -> None:
@@ -1072,7 +1073,7 @@ class Processes:
         options = dict(log_to_driver=False, logging_level="ERROR")
         if address == "local":
             folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # the paths of its sockets must be short
-            command = f'while read line; do pids=$line; done; kill -9 $pids; rm -rf "{folder}"'
+            command = f"trap '' INT TERM; while read line; do pids=$line; done; kill -9 $pids; rm -rf {folder}"
             pipe = subprocess.PIPE  # the loop ends when this process does
             self.guard = subprocess.Popen(["sh", "-c", command], stdin=pipe, stderr=pipe, start_new_session=True)
             options |= dict(num_cpus=self.args.num_samplers + 1, object_store_memory=256 * 2**20)

@@ -192,9 +192,11 @@ def start_and_wait(folder: Path) -> tuple[Process, dict[int, str]]:
     return run, started
 
 
-def all_gone(started: dict[int, str], seconds: float) -> None:
-    """None of these processes outlives the run by more than so many seconds."""
-    wait_until(lambda: not any(map(is_alive, started)), seconds)
+def all_gone(started: dict[int, str]) -> None:
+    """None of these processes outlives the run by more than ten seconds, nor do the files that Ray has made."""
+    (raylet,) = [name for name in started.values() if "raylet_socket_name" in name]
+    folder = Path(re.search(r"raylet_socket_name=(/tmp/ray-[^/]+)", raylet)[1])
+    wait_until(lambda: not any(map(is_alive, started)) and not folder.exists(), 10)
 
 
 def promise(folder: Path) -> str:
@@ -217,7 +219,7 @@ def test_a_lost_sampler_and_a_lost_learner(tmp_path):
     (learner,) = actors(run.pid, "Learner")
     os.kill(learner, signal.SIGKILL)
     run.wait(20)
-    all_gone(started, 10)
+    all_gone(started)
     assert run.rc == 1
     assert run.err.strip() == f"impala.py: the learner has died; {promise(tmp_path)}"
     assert {row["lost_samplers"] for row in metrics(tmp_path / "run")} == {0, 1}
@@ -231,16 +233,13 @@ def test_a_killed_parent(tmp_path):
     While it lives, no other machine can reach any of them.
     """
     run, started = start_and_wait(tmp_path)
-    (raylet,) = [name for name in started.values() if "raylet_socket_name" in name]
-    folder = Path(re.search(r"raylet_socket_name=(/tmp/ray-[^/]+)", raylet)[1])
     found = listening([run.pid, *started])
     assert found
     assert found <= LOOPBACK
     os.kill(run.pid, signal.SIGKILL)
     run.wait(5)
-    all_gone(started, 10)
+    all_gone(started)
     assert (run.rc, run.err) == (-signal.SIGKILL, "")
-    wait_until(lambda: not folder.exists(), 5)
 
 
 def test_ctrl_c(tmp_path):
@@ -250,7 +249,7 @@ def test_ctrl_c(tmp_path):
         if is_alive(pid):
             os.kill(pid, signal.SIGINT)
     run.wait(20)
-    all_gone(started, 10)
+    all_gone(started)
     assert run.rc == 128 + signal.SIGINT
     assert run.err.strip().splitlines()[-1] == f"impala.py: interrupted; {promise(tmp_path)}"
     assert "Traceback" not in run.err
