@@ -12,13 +12,13 @@ Espeholt et al. 2018, arXiv:1802.01561. Child of a2c.py: samplers apart from the
     rho_t = min(rho_bar, pi(a_t|x_t) / mu(a_t|x_t)),  c_t = min(c_bar, pi(a_t|x_t) / mu(a_t|x_t))
 
 mu is the policy of a sampler, an older copy of the learner's policy pi. In the objective of a2c.py, v_s stands in place
-of R, and rho_s (r_s + gamma v_{s+1} - V(x_s)) in place of A.
+of R, and rho_s (r_s + gamma v_{s+1} - V(x_s)) in place of A (Sect. 4.2).
 
     python algos/impala.py --env-id CartPole-v1    # trains 200,000 steps with 2 samplers
 
-Learner and samplers are actors of Ray, here or, with --address, on the machines of a cluster. A batch is one rollout.
-Rollouts are learned from in the order in which they were asked for, where the paper takes what comes first: so none is
-older than --max-lag updates, and equal runs are equal, bit for bit. Not in the paper: what a2c.py names.
+Learner and samplers are actors of Ray, here or, with --address, on the machines of a cluster. A batch is the rollout of
+one sampler. Batches are learned from in the order in which they were asked for, where the paper takes what comes first:
+so none is older than --max-lag updates, and equal runs are equal, bit for bit. Not in the paper: what a2c.py names.
 
 Read to the end of train(); what follows the ruler is the same in every script.
 """
@@ -59,8 +59,8 @@ from tqdm import tqdm
 class Args:
     env_id: str = "CartPole-v1"  # Gymnasium id, also ALE/*, MinAtar/* or module:YourEnv-v0; decides other defaults
     total_timesteps: int = 200_000  # environment steps to train for
-    num_samplers: int = 2  # W, processes that act; 0 acts and learns in this process, without Ray
-    max_lag: int = 2  # updates that a policy may be old when its rollout is learned from; 0 waits for each update
+    num_samplers: int = 2  # W, processes that act, max_lag + 1 of them at a time; with 0 this one does, without Ray
+    max_lag: int = 2  # updates that mu may be behind pi when its batch is learned from; 0 waits for each update
     address: str = ""  # Ray cluster, host:port or auto; if empty, this machine alone
     num_envs: int = 8  # N, environments side by side
     num_steps: int = 16  # T, steps in each environment per iteration
@@ -153,9 +153,9 @@ class Agent(nn.Module):
 
 
 def vtrace(rewards: Tensor, values: Tensor, log_ratio: Tensor, terminated: Tensor, done: Tensor, args: Args) -> tuple:
-    """Targets v_s, advantages r_s + gamma v_{s+1} - V(x_s) and weights rho_s, all (T, N), like log pi(a|x) / mu(a|x).
+    """Targets v_s (eq. 1), advantages r_s + gamma v_{s+1} - V(x_s) and weights rho_s, each (T, N).
 
-    Values are (T + 1, N). A termination stops the bootstrap; an end of either kind stops the trace.
+    log_ratio is log pi(a|x) / mu(a|x), values are (T + 1, N). A termination stops the bootstrap; an end of either kind stops the trace.
     """
     ratios = log_ratio.exp()
     rhos = ratios.clamp(max=args.rho_bar)
@@ -275,13 +275,13 @@ def train(args: Args) -> dict:
     asked = []  # batches that are under way, in their order
     with make_processes(run, args) as processes:
         for iteration in range(run.step // batch_size, num_iterations):
-            # Ask for batches; each of those under way is an update that the next one will be late.
+            # Ask for batches. The lag of each will be the number of those that are under way when it is asked for.
             while len(asked) <= min(args.max_lag, num_iterations - iteration - 1):
                 asked.append(processes.sample(weights))
-            batch, episode_returns = processes.receive(asked.pop(0), weights)
+            batch, episode_returns = processes.receive(asked.pop(0), weights)  # again, if its sampler is lost
             run.episode_returns += episode_returns
 
-            # Learn from the oldest.
+            # Learn from the oldest one.
             weights, metrics = processes.learn(batch)
             run.log((iteration + 1) * batch_size, metrics)
         run.save()
@@ -300,7 +300,7 @@ FAMILIES = {
     ),
     "MinAtar/": dict(total_timesteps=1_000_000, num_envs=64, ent_coef=0.01, norm_reward=False),
     "ALE/": dict(
-        total_timesteps=10_000_000, num_envs=16, num_steps=5, learning_rate=7e-4, ent_coef=0.01, norm_reward=False,
+        total_timesteps=10_000_000, num_envs=16, num_steps=20, learning_rate=6e-4, ent_coef=0.01, norm_reward=False,
         clip_reward=True,
     ),
     "Discrete-states": dict(norm_reward=False),

@@ -101,39 +101,34 @@ def same(one: Path, two: Path) -> None:
     assert result(one)["eval_returns"] == result(two)["eval_returns"]
 
 
-def test_one_sampler_without_lag(tmp_path):
-    """Bit for bit the run of one process: parameters or normalisers that lag, get lost on the way or are read too soon.
+def test_the_bits_are_those_of_one_process(tmp_path, monkeypatch):
+    """Parameters or normalisers that get lost on the way or are read too soon, an order that is left to chance.
 
-    And what a newcomer sees of Ray: one line that says how long it took, nothing at home, no error.
+    First one sampler without lag, then two with some. And what a newcomer sees of Ray: one line that says how long it
+    took, nothing at home, no error.
     """
-    settings = PLAIN | dict(max_lag=0, optimizer="adam")
-    impala.train(arguments(impala, tmp_path / "here", num_samplers=0, **settings))
-    done = ray_process(line(impala, num_samplers=1, run_dir="there", **settings), tmp_path).wait()
+    first = PLAIN | dict(max_lag=0, optimizer="adam", num_samplers=1)
+    then = ["--num-samplers", "2", "--max-lag", "3", "--total-timesteps", "2048"]
+    done = ray_process(line(impala, run_dir="there", **first), tmp_path).wait()
     assert (done.rc, done.err) == (0, "")
-    same(tmp_path / "here", tmp_path / "there")
-    assert result(tmp_path / "there")["processes"] == 3
     assert re.fullmatch(
         r"CartPole-v1 with the defaults for environments of no family\nthere: step 0 of 1024\n"
         r"the learner and 1 sampler have started in \d+\.\d s\nthere: evaluation \d+\.\d \+- \d+\.\d\n",
         done.out,
     )
-    assert {path.name for path in tmp_path.iterdir()} == {"here", "there"}
+    assert {path.name for path in tmp_path.iterdir()} == {"there"}
     assert result(tmp_path / "there")["wall_time"] < float(re.search(r"started in (\S+) s", done.out)[1])
-
-
-def test_two_samplers_with_lag(tmp_path, monkeypatch):
-    """The order of batches and weights left to chance, a lag above --max-lag, a resumed run that starts elsewhere."""
-    settings = PLAIN | dict(max_lag=3, num_samplers=2, total_timesteps=768)
-    done = ray_process(line(impala, run_dir="there", **settings), tmp_path).wait()
-    assert (done.rc, done.err) == (0, "")
-    done = ray_process(["--resume", "there", "--total-timesteps", "1024"], tmp_path).wait()
-    assert (done.rc, done.err) == (0, "")
-    monkeypatch.setattr(impala, "make_processes", Samplers)
-    impala.train(arguments(impala, tmp_path / "here", **settings))
-    resume(impala, tmp_path / "here", "--total-timesteps", "1024")
+    assert result(tmp_path / "there")["processes"] == 3
+    impala.train(arguments(impala, tmp_path / "here", **first | dict(num_samplers=0)))
     same(tmp_path / "here", tmp_path / "there")
-    assert [row["lag"] for row in metrics(tmp_path / "there")] == [0, 1, 2, 3, 3, 3, 0, 1]
+
+    done = ray_process(["--resume", "there", *then], tmp_path).wait()
+    assert (done.rc, done.err) == (0, "")
     assert result(tmp_path / "there")["processes"] == 4
+    assert [row["lag"] for row in metrics(tmp_path / "there")] == [0] * 8 + [0, 1, 2, 3, 3, 3, 3, 3]
+    monkeypatch.setattr(impala, "make_processes", Samplers)
+    resume(impala, tmp_path / "here", *then)
+    same(tmp_path / "here", tmp_path / "there")
 
 
 OWN = """
