@@ -153,9 +153,9 @@ class Agent(nn.Module):
 
 
 def vtrace(rewards: Tensor, values: Tensor, log_ratio: Tensor, terminated: Tensor, done: Tensor, args: Args) -> tuple:
-    """Targets v_s (eq. 1), advantages r_s + gamma v_{s+1} - V(x_s) and weights rho_s, each (T, N).
+    """Targets v_s (eq. 1), advantages r_s + gamma v_{s+1} - V(x_s) and weights rho_s (T, N) from values (T + 1, N).
 
-    log_ratio is log pi(a|x) / mu(a|x), values are (T + 1, N). A termination stops the bootstrap; an end of either kind stops the trace.
+    log_ratio is log pi(a|x) / mu(a|x). A termination stops the bootstrap; an end of either kind stops the trace.
     """
     ratios = log_ratio.exp()
     rhos = ratios.clamp(max=args.rho_bar)

@@ -585,6 +585,7 @@ class FakeActor:
 def fake_processes(module, lives):
     """Two samplers and what starts others."""
     run = SimpleNamespace(ray=FakeRay(), bar=SimpleNamespace(close=lambda: None))
+    module.Run.saved = "nothing was saved"
     processes = module.Processes(run, module.Args(num_samplers=2))
     processes.learner = True  # there is one
     processes.samplers = [FakeActor("first 0"), FakeActor("first 1")]
