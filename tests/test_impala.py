@@ -470,7 +470,7 @@ def test_without_lag_sees(request, name, old, new):
 )  # fmt: skip
 def test_values_that_are_known(module, monkeypatch, tmp_path, env, observations, values, max_lag):
     """Truncation taken for termination, the value after a reset, reset steps learned from: V would not be 10."""
-    given = dict(total_timesteps=8192, num_steps=33, max_lag=max_lag)
+    given = dict(total_timesteps=2048, num_steps=33, max_lag=max_lag)
     agent, _ = learn_probe(module, monkeypatch, tmp_path, env, **given)
     assert value(agent, *observations) == near(values, 0.1)
 
