@@ -1026,13 +1026,14 @@ class Processes:
         self.samplers = []
         self.asked = 0  # batches, so far
         self.lost = 0  # samplers, so far
+        self.connected = False  # to Ray
         self.guard = None  # ends what Ray has started, if this process is killed
 
     def __enter__(self) -> "Processes":
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self.ray.is_initialized():
+        if self.connected:
             for actor in (self.learner, *self.samplers):
                 if actor:
                     self.ray.kill(actor)
@@ -1047,7 +1048,8 @@ class Processes:
         try:
             self.start_ray()
         except Exception as error:  # what is raised depends on what is wrong
-            raise Refusal(f"no Ray at {self.args.address or 'this machine'}: {str(error).splitlines()[0]}") from error
+            reason = str(error).partition("\n")[0]
+            raise Refusal(f"no Ray at {self.args.address or 'this machine'}: {reason}") from error
         self.send_by_value()
         node = self.ray.get_runtime_context().get_node_id()
         here = self.ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node, soft=False)
@@ -1079,6 +1081,7 @@ class Processes:
             options |= dict(num_cpus=self.args.num_samplers + 1, object_store_memory=256 * 2**20)
             options |= dict(include_dashboard=False, _temp_dir=folder)
         self.ray.init(address, **options)
+        self.connected = True
         for number, handler in zip(numbers, handlers):
             signal.signal(number, handler)  # Ray has set its own
         self.tell_guard()

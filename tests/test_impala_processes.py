@@ -213,7 +213,7 @@ def test_a_lost_sampler_and_a_lost_learner(tmp_path):
     started |= descendants(run.pid)
     (learner,) = actors(run.pid, "Learner")
     os.kill(learner, signal.SIGKILL)
-    run.wait(20)
+    run.wait(40)
     all_gone(started)
     assert run.rc == 1
     assert run.err.strip() == f"impala.py: the learner has died; {promise(tmp_path)}"
@@ -243,7 +243,7 @@ def test_ctrl_c(tmp_path):
     for pid in [*started, run.pid]:
         if is_alive(pid):
             os.kill(pid, signal.SIGINT)
-    run.wait(20)
+    run.wait(40)
     all_gone(started)
     assert run.rc == 128 + signal.SIGINT
     assert run.err.strip().splitlines()[-1] == f"impala.py: interrupted; {promise(tmp_path)}"
