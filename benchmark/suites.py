@@ -52,7 +52,7 @@ SUITES = {
         ("td3 sac", "Hopper-v5", 1_000_000, "1", ""),
     ],
     "distributed": [
-        ("a3c", "CartPole-v1", 200_000, "1-10", ""),
+        ("a3c impala", "CartPole-v1", 200_000, "1-10", ""),
         ("ddppo", "CartPole-v1", 100_000, "1-10", ""),
         ("ddppo", "HalfCheetah-v5", 1_000_000, "1-3", ""),
     ],

@@ -47,7 +47,8 @@ def on_policy(test):
 def make_args(module, folder, **given):
     """Arguments of a short plain run in a folder; those of `given` that the script does not have are left out."""
     plain = dict(run_dir=str(folder / "run"), eval_episodes=2, torch_threads=1, norm_obs=False, norm_reward=False)
-    plain |= dict(anneal_lr=False, compile=False, num_workers=1)  # of others, tests see nothing
+    plain |= dict(anneal_lr=False, compile=False)
+    plain |= dict(num_workers=1, num_samplers=0, max_lag=0)  # of other processes, tests see nothing
     plain |= dict(demonstrations="uniform", num_demonstrations=2)  # there is a demonstrator in every environment
     return module.Args(**{name: value for name, value in (plain | given).items() if hasattr(module.Args, name)})
 

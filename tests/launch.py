@@ -13,6 +13,7 @@ from pathlib import Path
 TINY = dict(  # settings for a run of a second; a script takes those that it has
     num_envs=2, num_steps=16, num_minibatches=2, update_epochs=1, eval_episodes=2, torch_threads=1,
     batch_size=16, buffer_size=1000, learning_starts=32, hidden_size=16, log_every=64, compile=False, num_workers=1,
+    num_samplers=0, max_lag=0,
     num_responses=4, max_new_tokens=6, num_demonstrations=40, sft_steps=2, num_pairs=20, rm_epochs=1, num_layers=1,
     num_generations=2,
     demonstrations="uniform", play_every=64,

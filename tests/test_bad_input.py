@@ -158,7 +158,7 @@ IMPOSSIBLE = dict(
     line_search_steps=[0], horizon=[0], critic_learning_rate=[-1e-3], policy_frequency=[0],
     exploration_noise=[-1.0], policy_noise=[-1.0], noise_clip=[-1.0], n_steps=[0],
     priority_exponent=[-0.1, 1.1], priority_eps=[0.0], importance_exponent=[-0.1, 1.1],
-    sigma_0=[-0.1], q_lambda=[-0.1, 1.1],
+    sigma_0=[-0.1], q_lambda=[-0.1, 1.1], num_samplers=[-1], max_lag=[-1], rho_bar=[-0.1], c_bar=[-0.1],
     num_atoms=[0, 1], v_min=[1e9, -np.inf], v_max=[-1e9, np.inf], num_quantiles=[0], kappa=[0.0, np.inf],
     temperature=[0.0], kl_coef=[-0.1], kl_horizon=[0], num_responses=[0], max_new_tokens=[0], max_prompt_tokens=[0],
     sft_steps=[-1], num_pairs=[9], rm_epochs=[0], num_layers=[0], missing_eos_penalty=[-1.0], num_demonstrations=[0],

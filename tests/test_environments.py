@@ -509,7 +509,7 @@ def check_training(module, space, own, folder):
         result = learn(module, folder, own(module, space))
     if acts(module):
         assert result["eval_returns"] == [5.0, 5.0]
-    happened = [row for env in Any.instances[:2] for row in env.log]
+    happened = [row for env in [env for env in Any.instances if env.log][:2] for row in env.log]
     if is_imitation(module):
         seen = {row_of(space, obs) for obs, *_ in Any.instances[0].log}
         rows = {obs.numpy().tobytes() for batch in learned for obs in batch["obs"]}

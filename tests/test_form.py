@@ -20,9 +20,9 @@ ROOT = Path(__file__).parents[1]
 MAX_FRONT = 300  # lines
 LONGER_FRONTS = dict(npg=400, trpo=400, ppo_kl=310)  # conjugate gradient, line search, adaptive penalty
 LONGER_FRONTS |= dict(rainbow=400)  # six algorithms
-LONGER_FRONTS |= dict(ddppo=325, a3c=310)  # the average over processes; a worker beside train()
+LONGER_FRONTS |= dict(ddppo=325, a3c=310, impala=310)  # the average over processes; a worker beside train()
 SECOND_RULER = {"td_prediction"}  # scripts that end with something that no other script needs
-SECOND_RULER |= {"a3c", "ddppo"}  # their processes
+SECOND_RULER |= {"a3c", "ddppo", "impala"}  # their processes
 LONGER_FRONTS |= dict(ppo_rlhf=400)  # a reward model besides PPO
 SECOND_RULER |= {"ppo_rlhf", "grpo"}  # rewards that are given; problems with a check
 SECOND_RULER |= {"behavior_cloning"}  # files of demonstrations
@@ -43,9 +43,10 @@ OPTIONAL = {
     "transformers",
     "datasets",
     "h5py",
+    "ray",
 }  # imported where needed, by importlib
 HEAVY = ["ale_py", "minatar", "wandb", "moviepy", "mujoco", "Box2D"]  # no plain run should wait for them or need them
-HEAVY += ["transformers", "datasets", "h5py"]
+HEAVY += ["transformers", "datasets", "h5py", "ray"]
 
 each_script = pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.stem)
 
@@ -741,6 +742,8 @@ def test_header_agrees_with_requirements(script):
         required |= pins((ROOT / "requirements-lm.txt").read_text().splitlines())
     if for_imitation(script):
         required |= pins((ROOT / "requirements-imitation.txt").read_text().splitlines())
+    if 'import_module("ray")' in script.read_text():
+        required |= pins((ROOT / "requirements-ray.txt").read_text().splitlines())
     listed = pins(re.findall(r'"([^"]*==[^"]*)"', header(script)))
     assert {"torch", "gymnasium", "numpy", "tyro"} <= set(listed)
     assert listed == {name: required.get(name) for name in listed}

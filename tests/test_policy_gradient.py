@@ -431,7 +431,7 @@ gym.register("test/Jackpot-v0", Jackpot, max_episode_steps=10, disable_env_check
 def test_rewards_end_at_10_deviations(module, monkeypatch, tmp_path):
     """One reward that outweighs all others."""
     seen = []
-    name = next(n for n in ("compute_gae", "compute_returns", "sarsa_targets") if hasattr(module, n))
+    name = next(n for n in ("compute_gae", "compute_returns", "sarsa_targets", "vtrace") if hasattr(module, n))
     spy(monkeypatch, module, name, before=lambda rewards, *_: seen.append(rewards.abs().max().item()))
     given = dict(norm_reward=True, total_timesteps=16 * 20, gamma=0.0, eval_episodes=1)
     learn(module, monkeypatch, tmp_path, env_id="test/Jackpot-v0", num_envs=1, baseline="value", **given)

@@ -130,7 +130,7 @@ def test_result_file(alone):
     module, run_dir, _ = alone
     written = result(run_dir)
     extras = set() if acts(module) else {"rmse"}
-    if name_of(module) in ("a3c", "ddppo"):
+    if name_of(module) in ("a3c", "ddppo", "impala"):
         extras |= {"processes"}
     if is_imitation(module):
         extras |= {"demonstrator_mean"}
@@ -478,7 +478,8 @@ def prepare(tmp_path, monkeypatch):
             raise Ready
 
         stop.stop_signal = 0  # demonstrations are watched before the run begins
-        monkeypatch.setattr(module, "SharedRun" if hasattr(module, "SharedRun") else "Run", stop)
+        name = next(name for name in ("SharedRun", "RemoteRun", "Run") if hasattr(module, name))
+        monkeypatch.setattr(module, name, stop)
         with pytest.raises(Ready):
             module.train(arguments(module, tmp_path / "run", **settings))
         return found
@@ -532,7 +533,7 @@ def test_compile_is_a_flag(module, prepare, monkeypatch, tmp_path):
     monkeypatch.setattr(torch, "compile", lambda function, **_: asked.append(function) or function)
 
     def start_training(compile):
-        if hasattr(module, "work"):  # a worker makes its gradients after the start of the run
+        if hasattr(module, "work") or hasattr(module, "learn"):  # workers make their gradients after the start
             module.train(arguments(module, tmp_path / f"compile {compile}", compile=compile))
         else:
             prepare(module, compile=compile)

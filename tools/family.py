@@ -10,6 +10,7 @@ A script names its parent in its docstring: "Child of parent.py: the idea."
 
 import ast
 import difflib
+import functools
 import re
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ README = Path(__file__).parents[1] / "README.md"
 BEGIN, END = "<!-- family:begin -->\n", "<!-- family:end -->"
 
 
+@functools.cache
 def origin(source: str) -> tuple[str, str]:
     """The parent (empty for a root) and the idea that a script's docstring names."""
     docstring = ast.get_docstring(ast.parse(source))
