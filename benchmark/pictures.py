@@ -7,7 +7,7 @@ import matplotlib
 import numpy as np
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.ticker import EngFormatter, ScalarFormatter
+from matplotlib.ticker import EngFormatter
 
 from benchmark import report
 from benchmark.report import iqm_interval, mean_curve, read_baselines, read_hyperparameters, styles
@@ -94,7 +94,8 @@ def draw_demonstrations(baselines: Path) -> None:
         if hyperparameters["top_fraction"] < 1:
             label += f", the best {hyperparameters['top_fraction']:.0%}"
         points.setdefault(label, []).append((episodes, *scores))
-        demonstrator += [run["numbers"]["demonstrator_mean"] for run in runs]
+        if hyperparameters["top_fraction"] == 1:
+            demonstrator += [run["numbers"]["demonstrator_mean"] for run in runs]
     if not points:
         return
     figure = plt.figure(figsize=(7, 3.8), layout="constrained")
@@ -104,7 +105,9 @@ def draw_demonstrations(baselines: Path) -> None:
         axes.errorbar(x, y, yerr=[y - low, high - y], marker="o", capsize=3, label=label)
     axes.axhline(np.mean(demonstrator), color="black", linestyle=":", label="demonstrator")
     axes.set(title="LunarLander-v3", xlabel="episodes of the demonstrator", ylabel="return", xscale="log")
-    axes.xaxis.set_major_formatter(ScalarFormatter())
+    numbers = sorted({point[0] for scores in points.values() for point in scores})
+    axes.set_xticks(numbers, [str(number) for number in numbers])
+    axes.minorticks_off()
     axes.legend(frameon=False)
     save(figure, baselines / IMITATION)
 
