@@ -15,9 +15,9 @@ This is the policy gradient of reinforce.py with the weight 1 in place of the re
 and actions in place of one's own. For Discrete actions L is the cross-entropy, for Box actions, with a deviation of 1,
 the squared error |a - mu(s)|^2 / 2 and a constant.
 
-    python algos/behavior_cloning.py --env-id LunarLander-v3                            # 234 after 500,000 samples
-    python algos/behavior_cloning.py --env-id CartPole-v1 --demonstrations RUN_DIR      # clones a finished run
-    python algos/behavior_cloning.py --env-id Hopper-v5 --demonstrations main_data.hdf5 # a data set of Minari
+    python algos/behavior_cloning.py --env-id LunarLander-v3                             # 234 after 500,000 samples
+    python algos/behavior_cloning.py --env-id CartPole-v1 --demonstrations RUN_DIR       # clones a finished run
+    python algos/behavior_cloning.py --env-id Hopper-v5 --demonstrations main_data.hdf5  # a data set of Minari
 
 A clone that errs comes to states that the demonstrator never showed, and errs the more: L says nothing of its loss
 there. From one episode of the lander it learns to repeat nearly all actions, and crashes. dagger.py shows a way out.

@@ -748,7 +748,7 @@ def test_an_evaluation_without_end_is_cut(module, tmp_path, monkeypatch, capsys)
     written = module.train(arguments(module, tmp_path / "run", env_id=environment(module, "Paid"), env_kwargs=kwargs))
     assert (written["eval_returns"], written["eval_cut"]) == ([50, 50], 2)
     assert result(tmp_path / "run")["eval_cut"] == 2
-    assert capsys.readouterr().out.splitlines()[-1].endswith("evaluation 50.0 +- 0.0, 2 of 2 episodes cut")
+    assert capsys.readouterr().out.splitlines()[-1].endswith("evaluation 50.00 +- 0.00, 2 of 2 episodes cut")
 
 
 @each_back
