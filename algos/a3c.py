@@ -12,7 +12,7 @@ Mnih et al. 2016, arXiv:1602.01783, Algorithm S3. Child of a2c.py: several worke
 
 All workers share theta and g; theta' is the copy of theta that a worker acts with, L the objective of a2c.py.
 
-    python algos/a3c.py --env-id CartPole-v1    # trains 200,000 steps in 2 processes
+    python algos/a3c.py --env-id CartPole-v1    # 500 after 200,000 steps, in 2 processes
 
 Each worker has --num-envs environments, where the paper has one; steps are counted over all workers. One worker does
 what a2c.py does, bit for bit; the order of the updates of several is left to chance. Not in the paper: --lock, and what

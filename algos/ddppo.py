@@ -12,7 +12,7 @@ Wijmans et al. 2020, arXiv:1911.00357. Child of ppo_clip.py: several processes t
 
 g_w is the gradient of PPO's loss in process w, a mean over its n_w rows. Without torchrun it is ppo_clip.py.
 
-    torchrun --nproc-per-node 2 algos/ddppo.py --env-id CartPole-v1    # trains 100,000 steps
+    torchrun --nproc-per-node 2 algos/ddppo.py --env-id CartPole-v1    # 500 after 100,000 steps
     python algos/ddppo.py --env-id CartPole-v1                         # the same in one process
 
 Each process has --num-envs environments, so the batch grows with W; steps are counted over all processes. On GPUs each

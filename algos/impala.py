@@ -14,7 +14,7 @@ Espeholt et al. 2018, arXiv:1802.01561. Child of a2c.py: samplers apart from the
 mu is the policy of a sampler, an older copy of the learner's policy pi. In the objective of a2c.py, v_s stands in place
 of R, and rho_s (r_s + gamma v_{s+1} - V(x_s)) in place of A (Sect. 4.2).
 
-    python algos/impala.py --env-id CartPole-v1    # trains 200,000 steps with 2 samplers
+    python algos/impala.py --env-id CartPole-v1    # 500 after 200,000 steps, with 2 samplers
 
 Learner and samplers are actors of Ray, here or, with --address, on the machines of a cluster. A batch is the rollout of
 one sampler. Batches are learned from in the order in which they were asked for, where the paper takes what comes first:

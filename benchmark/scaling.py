@@ -61,7 +61,7 @@ def words_of(setting: Setting, seed: int, run_dir: Path) -> list[str]:
     words = command(Cell(setting.script, "CartPole-v1", setting.steps, seed), run_dir, ALGOS)
     if "--nproc-per-node" in words:
         words[words.index("--nproc-per-node") + 1] = str(setting.processes)
-    words += ["--num-envs", str(setting.num_envs), "--eval-episodes", "1", "--log-every", "1000"]
+    words += ["--num-envs", str(setting.num_envs), "--eval-episodes", "1"]
     if setting.script in COUNT_FLAG:
         words += [COUNT_FLAG[setting.script], str(setting.processes)]
     return words

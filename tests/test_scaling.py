@@ -1,5 +1,6 @@
 """The measurement of several processes: command lines, the time to a solved task, and the text by hand."""
 
+import importlib
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,16 @@ def test_each_script_gets_its_processes():
     words = scaling.words_of(Setting("ddppo", "", 1, 4, 1000), 5, Path("d"))
     assert words[words.index("--nproc-per-node") + 1] == "1"
     assert "--nproc-per-node" not in scaling.words_of(Setting("ppo_clip", "", 1, 4, 1000), 5, Path("d"))
+
+
+@pytest.mark.parametrize("setting", scaling.SETTINGS, ids=lambda setting: setting.key)
+def test_the_scripts_take_these_words(setting):
+    words = scaling.words_of(setting, 5, Path("d"))
+    first = words.index(str(scaling.ALGOS / f"{setting.script}.py")) + 1
+    args = importlib.import_module(f"algos.{setting.script}").parse_args(words[first:])
+    assert (args.num_envs, args.total_timesteps, args.seed) == (setting.num_envs, setting.steps, 5)
+    counts = [getattr(args, name) for name in ("num_workers", "num_samplers") if hasattr(args, name)]
+    assert counts in ([], [setting.processes])
 
 
 def test_time_to_a_solved_task():
