@@ -12,7 +12,7 @@ from runs import each, each_module, is_discrete, learns_step_by_step, line, name
 
 WITHOUT = "finds no compiler"
 COUNTERS = torch._dynamo.utils.counters
-WRITTEN_IN_CPP = ("ppo_clip", "trpo", "td3", "sac", "dqn", "rainbow")
+WRITTEN_IN_CPP = ("ppo_clip", "trpo", "sac", "dqn")
 
 
 def learn(module, folder, **given):
