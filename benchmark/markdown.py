@@ -20,9 +20,9 @@ README_SCORES = 3  # at most so many for each script
 README_CURVES = ("HalfCheetah-v5", 1_000_000)
 README_NOTE = """\
 Score: interquartile mean over seeds, in brackets the best published one, whatever its protocol. Speed: steps per second
-over those of the fastest peer in stable-baselines3, sb3-contrib and SBX (JAX), the least ratio that was measured. But
-for dqn, td3, a2c, trpo and ppo_clip on CartPole it is older than the present form of the scripts. All scores with their
-intervals, sources and curves are in [benchmark/RESULTS.md](benchmark/RESULTS.md).
+over those of the fastest peer in stable-baselines3, sb3-contrib and SBX (JAX), the least ratio that was measured; what
+rests on several runs is older than the present form of the scripts. All scores with their intervals, sources and
+curves are in [benchmark/RESULTS.md](benchmark/RESULTS.md).
 """
 ABOUT = """\
 # Results
@@ -218,7 +218,7 @@ def least_ratios(baselines: Path) -> dict[str, str]:
         script, peer, _ = key.split()
         if peer.startswith("foliorl."):
             continue
-        measured = (speed.ratio(entry), peer)
+        measured = (speed.ratio(entry), peer if len(entry["ours"]) > 1 else f"{peer}, one run")
         found[script] = min(found.get(script, measured), measured)
     return {script: f"{ratio:.2f} x {peer}" for script, (ratio, peer) in found.items()}
 

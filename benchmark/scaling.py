@@ -3,6 +3,7 @@
 Strong scaling divides the environments of one process among several; weak scaling gives each process as many.
 """
 
+import hashlib
 import json
 import tempfile
 import time
@@ -94,7 +95,7 @@ def reduce_often(rank: int, address: str, size: int, times: list) -> None:
     """In a process of two: the mean time of a sum of so many numbers over both."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2, timeout=timedelta(seconds=60))
-    numbers = torch.ones(size)
+    numbers = torch.zeros(size)  # their sums stay finite
     for _ in range(100):
         dist.all_reduce(numbers)
     start = time.perf_counter()
@@ -114,16 +115,18 @@ def all_reduce_seconds(size: int) -> float:
 
 
 def measure(path: Path, seeds: Sequence[int]) -> dict:
-    """Run what the file lacks, in turn so that a slow hour hits all settings alike, and keep it."""
+    """Run what the file lacks of the scripts as they are, in turn so that a slow hour hits all settings alike."""
     found = read_object(path) if path.exists() else {}
     here = machine()
     if any(found.get(key) != value for key, value in here.items()):
         found = here | dict(settings={})
     for seed in tqdm(seeds, unit="round", disable=None):
         for setting in SETTINGS:
-            runs = found["settings"].setdefault(setting.key, [])
-            if all(run["seed"] != seed for run in runs):
-                runs.append(run_once(setting, seed))
+            version = hashlib.sha256((ALGOS / f"{setting.script}.py").read_bytes()).hexdigest()
+            kept = [run for run in found["settings"].get(setting.key, []) if run["sha256"] == version]
+            found["settings"][setting.key] = kept
+            if all(run["seed"] != seed for run in kept):
+                kept.append(run_once(setting, seed) | dict(sha256=version))
                 replace_text(path, json.dumps(found, indent=1) + "\n")
     found["all_reduce"] = {str(size): all_reduce_seconds(size) for size in (10_000, 1_000_000)}
     replace_text(path, json.dumps(found, indent=1) + "\n")

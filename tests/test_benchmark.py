@@ -384,7 +384,11 @@ def test_the_table_of_the_readme_by_hand(tmp_path, monkeypatch):
     lines = markdown.readme_part(tmp_path, references).splitlines()
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("|")]
     assert cells[2:] == [
-        ["many", "Env1 100k: -1,233 (100.0), Env2 1M: -1,232 (100.0), Env4 100M: -1,230 (100.0)", "1.25 x sbx.X"],
+        [
+            "many",
+            "Env1 100k: -1,233 (100.0), Env2 1M: -1,232 (100.0), Env4 100M: -1,230 (100.0)",
+            "1.25 x sbx.X, one run",
+        ],
         ["none", "Env0 10k: -1,228", ""],
     ]
     assert lines[-1].startswith('<img src="benchmark/baselines/curves/Env3-v3__10000000.svg"')

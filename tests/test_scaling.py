@@ -59,5 +59,26 @@ def test_the_text_by_hand():
     assert "683 with 4, 1,638 with 16" in text
 
 
+def test_runs_of_another_text_do_not_count(tmp_path, monkeypatch):
+    """What is kept of a seed counts until the script changes; then nothing of its old text stays."""
+    asked = []
+    monkeypatch.setattr(scaling, "ALGOS", tmp_path)
+    monkeypatch.setattr(scaling, "SETTINGS", [Setting("a", "", 1, 4, 10), Setting("b", "", 1, 4, 10)])
+    monkeypatch.setattr(scaling, "all_reduce_seconds", lambda size: 0.5)
+    monkeypatch.setattr(
+        scaling, "run_once", lambda setting, seed: asked.append((setting.script, seed)) or dict(seed=seed)
+    )
+    for name in "ab":
+        (tmp_path / f"{name}.py").write_text(name)
+    scaling.measure(tmp_path / "kept" / "scaling.json", [1, 2])
+    assert asked == [("a", 1), ("b", 1), ("a", 2), ("b", 2)]
+    scaling.measure(tmp_path / "kept" / "scaling.json", [1, 2])
+    assert len(asked) == 4
+    (tmp_path / "a.py").write_text("changed")
+    found = scaling.measure(tmp_path / "kept" / "scaling.json", [1])
+    assert asked[4:] == [("a", 1)]
+    assert [len(found["settings"][key]) for key in ("a 1 x 4", "b 1 x 4")] == [1, 2]
+
+
 def test_two_processes_add_up():
     assert 1e-6 < scaling.all_reduce_seconds(100) < 1
