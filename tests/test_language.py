@@ -429,6 +429,33 @@ def test_equal_runs_are_bit_identical(module, tmp_path):
     assert (tmp_path / "one" / "run" / "metrics.jsonl").read_bytes() == log
 
 
+@each_language
+def test_the_step_size_falls_to_0(module, tmp_path):
+    """One that rises or stays, or that falls with something else than the tokens learned from."""
+    seen = []
+
+    def note(optimizer, gradients):
+        if type(optimizer) is torch.optim.Adam:  # the earlier phases take AdamW
+            seen.extend(group["lr"] for group in optimizer.param_groups)
+
+    args = tiny(module, tmp_path, anneal_lr=True)
+    with pytest.MonkeyPatch.context() as patch:
+        spy(patch, module, "descend", before=note)
+        module.train(args)
+    steps = [0, *(line["global_step"] for line in lines(tmp_path))]
+    wanted = sorted((args.learning_rate * (1 - step / args.total_timesteps) for step in steps[:-1]), reverse=True)
+    assert len(wanted) > 1
+    assert sorted(set(seen), reverse=True) == pytest.approx(wanted)
+
+
+@bugs(
+    ("dpo", "anneal(optimizer, 1 - run.step", "anneal(optimizer, 1 + run.step"),
+    ("grpo", "anneal(actor_optimizer, 1 - run.step", "anneal(actor_optimizer, 1 + run.step"),
+)
+def test_step_sizes_see(request, name, old, new):
+    fails_with_a_bug(request, test_the_step_size_falls_to_0, name, old, new)
+
+
 class Death(BaseException):
     """What a kill looks like from inside."""
 
