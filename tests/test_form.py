@@ -821,8 +821,8 @@ def test_the_tree_finds_ideas_and_orphans():
     child = '"""Child.\n\nChild of root.py: more\nideas. Then text.\n"""\na\nc\nd\n'
     orphan = '"""O: o. Child of lost.py: x."""'
     assert family.tree(dict(child=child, orphan=orphan, root=root)).splitlines() == [
-        "- [`root.py`](algos/root.py): the idea",
-        "  - [`child.py`](algos/child.py) (3 lines differ): more ideas",
+        "- [`root`](algos/root.py): the idea",
+        "  - [`child`](algos/child.py), 3 lines: more ideas",
     ]
 
 
@@ -875,8 +875,8 @@ def test_the_family_command(tmp_path, monkeypatch, capsys):
     assert run("--check")[0] == 1
     assert run() == (0, "")
     assert run("--check") == (0, "")
-    tree = "- [`root.py`](algos/root.py): an algorithm of one line\n"
-    tree += "  - [`child.py`](algos/child.py) (2 lines differ): the idea\n"
+    tree = "- [`root`](algos/root.py): an algorithm of one line\n"
+    tree += "  - [`child`](algos/child.py), 2 lines: the idea\n"
     assert readme.read_text() == f"# Head\n{family.BEGIN}{tree}{family.END}\nTail\n"
 
 

@@ -69,8 +69,8 @@ def tree(sources: dict[str, str], parent: str = "", depth: int = 0) -> str:
     for name in sources:
         ancestor, idea = origin(sources[name])
         if ancestor == parent:
-            away = f" ({distance(sources[parent], sources[name])} lines differ)" if parent else ""
-            text += f"{'  ' * depth}- [`{name}.py`](algos/{name}.py){away}: {idea}\n"
+            away = f", {distance(sources[parent], sources[name])} lines" if parent else ""
+            text += f"{'  ' * depth}- [`{name}`](algos/{name}.py){away}: {idea}\n"
             text += tree(sources, name, depth + 1)
     return text
 
