@@ -4,6 +4,7 @@ The environments of all processes are numbered through, and actions follow from 
 same however many processes there are; with the setting `random` they are sampled from the policy.
 """
 
+import atexit
 import importlib.util
 import json
 import os
@@ -26,6 +27,13 @@ if copied:
     settings["resume"] = settings["run_dir"] = copied
 envs.Tagged.instances = [None] * (rank * settings["num_envs"])
 seen = dict(rows=[], log=[])
+
+
+@atexit.register
+def what_is_left():
+    """The threads that there are after the script's own farewell, which is registered later and called before."""
+    names = [file.read_text().strip() for file in Path("/proc/self/task").glob("*/comm")]
+    (folder.parent / f"{rank}.threads").write_text(" ".join(names))
 
 
 class Agent(module.Agent):

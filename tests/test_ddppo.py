@@ -27,13 +27,17 @@ TESTS = Path(__file__).parent
 DRIVER = TESTS / "ddppo_process.py"
 
 
-def start_processes(script, argv, folder: Path, count: int = 2, environ=None) -> list[Process]:
-    """The script in so many processes that know of one another as torchrun would let them."""
+def free_port() -> str:
+    """A port at which nobody listens."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+        return str(free.getsockname()[1])
+
+
+def start_processes(script, argv, folder: Path, count: int = 2, environ=None) -> list[Process]:
+    """The script in so many processes that know of one another as torchrun would let them."""
     environ = (environ or {}) | dict(
-        WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1"
+        WORLD_SIZE=str(count), MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port(), OMP_NUM_THREADS="1"
     )
     started = []
     for rank in range(count):
@@ -102,6 +106,25 @@ SUMS = "[num_rows * mean for mean in means] + [count]"
 )
 def test_two_processes_see(request, name, old, new):
     fails_with_a_bug(request, test_two_processes_are_one_on_the_joined_batch, name, old, new)
+
+
+@ours
+def test_the_group_ends_before_the_interpreter(tmp_path, module):
+    """Its threads, if the interpreter ends before them, abort one run in thirty. In a Python that has no module yet."""
+    settings = dict(num_envs=4, num_steps=16, total_timesteps=64, run_dir=str(tmp_path / "run"))
+    paths = os.pathsep.join([str(TESTS), str(TESTS.parent)])
+    group = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
+    command = [sys.executable, str(DRIVER), module.__file__, json.dumps(settings)]
+    subprocess.run(command, env=os.environ | group | dict(PYTHONPATH=paths), timeout=60, check=True)
+    assert "gloo" not in (tmp_path / "0.threads").read_text()
+
+
+@bugs(
+    ("ddppo", 'importlib.import_module("torch._dynamo")', "pass"),
+    ("ddppo", "atexit.register(dist.destroy_process_group)", "pass"),
+)
+def test_the_end_of_the_group_sees(request, name, old, new):
+    fails_with_a_bug(request, test_the_group_ends_before_the_interpreter, name, old, new)
 
 
 @ours
