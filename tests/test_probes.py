@@ -5,6 +5,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_args, on_policy, spy
+from runs import each
+
+from algos import a2c, ppo_clip
 
 
 def learn(module, monkeypatch, folder, name, **given):
@@ -121,7 +124,7 @@ def test_image(module, monkeypatch, tmp_path):
     assert value(agent, np.zeros((2, 36, 36), np.uint8)) != near([0], 1e-4)
 
 
-@on_policy
+@each([a2c])
 def test_grid(module, monkeypatch, tmp_path):
     """Boolean images (H, W, C) whose channels are taken for rows."""
     given = dict(total_timesteps=9216, num_minibatches=4, learning_rate=5e-3, policy_step=0.05)
@@ -192,7 +195,7 @@ def bootstrap_after_reset(rewards, values, terminated, done, gamma, lam):
     return rewards, values, terminated, done, gamma, lam
 
 
-@on_policy
+@each([a2c, ppo_clip])
 @pytest.mark.parametrize(
     ("bug", "gae_lambda", "wrong"),
     [
@@ -212,7 +215,7 @@ def test_truncation_probe_sees(module, monkeypatch, tmp_path, bug, gae_lambda, w
     assert value(agent, 1) == near([wrong], 0.1)
 
 
-@on_policy
+@each([a2c, ppo_clip])
 def test_successor_probe_sees_the_value_after_the_reset(module, monkeypatch, tmp_path):
     """A probe that could not fail: bootstrapping from the reset observation, V(1) = 1 + 0.9 V(-1) = 1 + 0.81 V(1)."""
     bootstrap_after_reset(module, monkeypatch)
