@@ -1033,13 +1033,15 @@ class Processes:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self.guard:
+            self.guard.stdin.close()  # in a second it ends what has not ended
         if self.connected:
             for actor in (self.learner, *self.samplers):
                 if actor:
                     self.ray.kill(actor)
             self.ray.shutdown()
         if self.guard:
-            self.guard.communicate(b"\n")  # nobody is left to be ended
+            self.guard.wait()
 
     def start(self) -> None:
         """Start the learner and the samplers; raises Refusal if that cannot be done."""
@@ -1075,12 +1077,17 @@ class Processes:
         options = dict(log_to_driver=False, logging_level="ERROR")
         if address == "local":
             folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # the paths of its sockets must be short
-            command = f"trap '' INT TERM; while read line; do pids=$line; done; kill -9 $pids; rm -rf {folder}"
+            command = f"trap '' INT TERM; while read line; do pids=$line; done; sleep 1; kill -9 $pids; rm -rf {folder}"
             pipe = subprocess.PIPE  # the loop ends when this process does
             self.guard = subprocess.Popen(["sh", "-c", command], stdin=pipe, stderr=pipe, start_new_session=True)
             options |= dict(num_cpus=self.args.num_samplers + 1, object_store_memory=256 * 2**20)
             options |= dict(include_dashboard=False, _temp_dir=folder)
-        self.ray.init(address, **options)
+        # Ray's processes inherit this: a SIGTERM to all, as of a job scheduler, leaves them to who wants to save.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        try:
+            self.ray.init(address, **options)
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         self.connected = True
         for number, handler in zip(numbers, handlers):
             signal.signal(number, handler)  # Ray has set its own

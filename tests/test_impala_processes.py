@@ -237,15 +237,16 @@ def test_a_killed_parent(tmp_path):
     assert (run.rc, run.err) == (-signal.SIGKILL, "")
 
 
-def test_ctrl_c(tmp_path):
-    """A signal to all processes, as from a terminal: one sentence, a checkpoint of the last step, and nobody left."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_all(tmp_path, number):
+    """As from a terminal or a job scheduler: one sentence, a checkpoint of the last step, and nobody left."""
     run, started = start_and_wait(tmp_path)
     for pid in [*started, run.pid]:
         if is_alive(pid):
-            os.kill(pid, signal.SIGINT)
+            os.kill(pid, number)
     run.wait(40)
     all_gone(started)
-    assert run.rc == 128 + signal.SIGINT
+    assert run.rc == 128 + number
     assert run.err.strip().splitlines()[-1] == f"impala.py: interrupted; {promise(tmp_path)}"
     assert "Traceback" not in run.err
     assert checkpoint(tmp_path / "run")["step"] == steps(tmp_path / "run")[-1]
