@@ -266,6 +266,7 @@ def train(args: Args) -> dict:
 
 # Defaults beside those of Args: of the first family that names the environment, or the kind of its spaces.
 FAMILIES = {
+    "CartPole": dict(learning_rate=2e-3),
     "Acrobot MountainCar": dict(
         total_timesteps=100_000, train_frequency=1, target_network_frequency=250, learning_rate=6.3e-4,
         hidden_size=256, compile=True, eval_episodes=100,
