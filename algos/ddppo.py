@@ -975,7 +975,7 @@ def join_processes(device: torch.device, args: Args) -> tuple[int, int]:
             raise Refusal("each process takes a GPU of its own with --device cuda, and there must be one for each")
         torch.cuda.set_device(gpu)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    importlib.import_module("torch._dynamo")  # else optimizers do; from then on it would hold the group beyond its end
+    torch.compiler.reset()  # loads the compiler, as optimizers do; loaded later, it holds the group beyond its end
     together(dist.init_process_group, backend, timeout=timedelta(seconds=args.timeout))
     atexit.register(dist.destroy_process_group)
     threading.Thread(target=leave_with, args=(os.getppid(),), daemon=True).start()

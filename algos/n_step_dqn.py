@@ -15,7 +15,7 @@ bootstrap. So what a reward teaches reaches the n states before it at once.
 m is n, or less up to the end of the episode or the newest step in the buffer. A termination leaves nothing to bootstrap
 from; after a truncation, and at the newest step, Q_target values the last state that was seen.
 
-    python algos/n_step_dqn.py --env-id CartPole-v1           # 465 after 50,000 steps
+    python algos/n_step_dqn.py --env-id CartPole-v1           # 500 after 50,000 steps
     python algos/n_step_dqn.py --env-id MinAtar/Breakout-v1   # trains 1M steps
 
 As in the papers, nothing corrects for later actions of the n steps that the policy of today would not take. Not in the
@@ -244,7 +244,7 @@ def train(args: Args) -> dict:
 
 # Defaults beside those of Args: of the first family that names the environment, or the kind of its spaces.
 FAMILIES = {
-    "CartPole": dict(learning_rate=2e-3, end_e=0.01),
+    "CartPole": dict(buffer_size=10_000, learning_rate=2e-3),
     "Acrobot MountainCar": dict(
         total_timesteps=100_000, train_frequency=1, target_network_frequency=250, learning_rate=6.3e-4, end_e=0.1,
         exploration_fraction=0.12, hidden_size=256, compile=True, eval_episodes=100,

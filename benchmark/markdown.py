@@ -83,8 +83,8 @@ def published(reference: dict[str, str]) -> str:
 
 
 def number(value: float) -> str:
-    """A score with one digit behind the point, or two if it is small."""
-    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}"
+    """A score with one digit behind the point, or two or three if it is small."""
+    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}" if abs(value) >= 0.1 else f"{value:.3f}"
 
 
 def table_row(line: dict) -> list[str]:

@@ -119,10 +119,7 @@ def test_the_group_ends_before_the_interpreter(tmp_path, module):
     assert "gloo" not in (tmp_path / "0.threads").read_text()
 
 
-@bugs(
-    ("ddppo", 'importlib.import_module("torch._dynamo")', "pass"),
-    ("ddppo", "atexit.register(dist.destroy_process_group)", "pass"),
-)
+@bugs(("ddppo", "torch.compiler.reset()", "pass"), ("ddppo", "atexit.register(dist.destroy_process_group)", "pass"))
 def test_the_end_of_the_group_sees(request, name, old, new):
     fails_with_a_bug(request, test_the_group_ends_before_the_interpreter, name, old, new)
 
