@@ -16,7 +16,7 @@ SUITES = {
         ("a2c", "CartPole-v1", 150_000, "1-10", ""),
         ("reinforce", "CartPole-v1", 200_000, "1-10", ""),
         ("actor_critic", "CartPole-v1", 200_000, "1-10", ""),
-        ("dqn double_dqn dueling_dqn prioritized_dqn", "CartPole-v1", 50_000, "1-10", ""),
+        ("dqn double_dqn dueling_dqn", "CartPole-v1", 50_000, "1-10", ""),
         ("c51 qr_dqn", "CartPole-v1", 50_000, "1-10", ""),
         ("pqn", "CartPole-v1", 100_000, "1-10", ""),
         ("deep_sarsa", "CartPole-v1", 200_000, "1-10", ""),

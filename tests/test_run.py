@@ -473,7 +473,7 @@ def test_interruption_of_a_cluster_ends_the_scripts(tmp_path, cluster):
         with harness(tmp_path, row, *words) as process:
             wait_for(lambda count=count: result.exists() and len(trace(tmp_path)) > count)
             process.send_signal(number)
-            assert process.wait(20) == code
+            assert process.wait(run.PATIENCE + 20) == code
         assert_dead(tmp_path)
     assert [seed for _, _, seed in trace(tmp_path)].count("1") == 1
 

@@ -95,7 +95,7 @@ def alone(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("alone")
     shutil.copy(module.__file__, folder)
     done = subprocess.run(
-        [sys.executable, f"{name_of(module)}.py", *line(module, num_envs=4, total_timesteps=512, seed=3)],
+        [sys.executable, f"{name_of(module)}.py", *line(module, num_envs=4, total_timesteps=1024, seed=3)],
         cwd=folder,
         env=os.environ | dict(PYTHONPATH=""),
         stdout=subprocess.PIPE,
@@ -136,12 +136,12 @@ def test_result_file(alone):
         extras |= {"demonstrator_mean"}
     assert written.keys() == set(RESULT.split()) | extras
     assert (written["algo"], written["env_id"], written["seed"]) == (name_of(module), module.Args.env_id, 3)
-    assert (written["total_timesteps"], written["trained_steps"], written["eval_cut"]) == (512, 512, 0)
+    assert (written["total_timesteps"], written["trained_steps"], written["eval_cut"]) == (1024, 1024, 0)
     scores = written["eval_returns"]
     assert len(scores) == (2 if acts(module) else 19)  # episodes, or states whose values are known
     assert written["eval_mean"] == pytest.approx(sum(scores) / len(scores))
     assert 0 < written["wall_time"] < 60
-    assert written["sps"] == pytest.approx(512 / written["wall_time"])
+    assert written["sps"] == pytest.approx(1024 / written["wall_time"])
 
 
 def test_train_returns_the_result_file(finished):
@@ -161,7 +161,7 @@ def test_metrics_file(alone):
         assert (row["episodic_return"] is None) == (row["episodes"] == 0)
     for key in ("global_step", "wall_time"):
         assert all(a[key] < b[key] for a, b in zip(lines, lines[1:])), key
-    assert lines[-1]["global_step"] == 512
+    assert lines[-1]["global_step"] == 1024
     assert [name for name in lines[-1] if "loss" in name]
 
 
@@ -206,7 +206,7 @@ def test_a_run_ends_with_its_last_whole_batch(module, tmp_path):
 
 def test_checkpoint_file(alone):
     """Plain data (weights_only), with the step; one float tensor per parameter at least."""
-    assert checkpoint(alone[1])["step"] == 512
+    assert checkpoint(alone[1])["step"] == 1024
     assert len(parameters(alone[1])) >= 6
 
 
@@ -218,7 +218,7 @@ def test_what_is_printed_without_a_terminal(alone):
     assert len(lines) <= 6
     family = module.find_family(module.Args.env_id, "") or "environments of no family"
     assert lines[0] == f"{module.Args.env_id} with the defaults for {family}"
-    assert lines[1] == f"runs/{run_dir.name}: step 0 of 512"
+    assert lines[1] == f"runs/{run_dir.name}: step 0 of 1024"
     returns = result(run_dir)["eval_returns"]
     assert lines[-1] == f"runs/{run_dir.name}: evaluation {np.mean(returns):.2f} +- {np.std(returns):.2f}"
 
