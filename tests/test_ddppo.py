@@ -110,7 +110,7 @@ def test_two_processes_see(request, name, old, new):
 
 @ours
 def test_the_group_ends_before_the_interpreter(tmp_path, module):
-    """Its threads, if the interpreter ends before them, abort one run in thirty. In a Python that has no module yet."""
+    """Its threads, if the interpreter ends before them, abort some runs. In a Python that has imported nothing yet."""
     settings = dict(num_envs=4, num_steps=16, total_timesteps=64, run_dir=str(tmp_path / "run"))
     paths = os.pathsep.join([str(TESTS), str(TESTS.parent)])
     group = dict(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=free_port())
