@@ -150,11 +150,11 @@ class Report:
 
     def execute(self) -> int:
         """The exit code."""
+        references = report.read_references(self.references)
         if not self.check:
             report.collect(self.runs, self.baselines)
             report.keep_random_returns(self.baselines)
-            pictures.draw_all(self.baselines)
-        references = report.read_references(self.references)
+            pictures.draw_all(self.baselines, references)
         part = markdown.readme_part(self.baselines, references)
         texts = {
             self.results: markdown.results_file(self.baselines, references),

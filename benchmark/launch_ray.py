@@ -36,15 +36,16 @@ class Board:
         return self.told
 
 
-def train(cell: Cell, script: str | None, commit: str | None, board: Any) -> tuple[int, str, dict[str, bytes]]:
+def train(cell: Cell, script: str | None, board: Any) -> tuple[int, str, dict[str, bytes]]:
     """Run the script's text in a temporary folder of a node; exit code, output and files of the run."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         run_dir = folder / "run"
         run_dir.mkdir()
-        run.write_origin(run_dir, commit)  # with the packages of the node
+        path = folder / f"{cell.algo}.py"
         if script is not None:
-            (folder / f"{cell.algo}.py").write_text(script)
+            path.write_text(script)
+        run.write_origin(run_dir, run.text_hash(path))  # with the packages of the node
         with open(folder / "log.txt", "w") as log:
             process = run.spawn(cell, run_dir, folder, log)
         try:
@@ -88,7 +89,7 @@ class Ray:
         """Send a cell to the cluster; `log` is that from `own`."""
         script = self.algos / f"{cell.algo}.py"
         text = script.read_text() if script.exists() else None
-        task = self.task.remote(cell, text, run.commit_of(script), self.board)
+        task = self.task.remote(cell, text, self.board)
         self.running[cell] = (task, log)
 
     def ended(self) -> dict[Cell, int]:

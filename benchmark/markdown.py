@@ -7,12 +7,13 @@ from pathlib import Path
 import numpy as np
 
 from benchmark import report, scaling, speed
-from benchmark.pictures import IMITATION, LANGUAGE, curve_file
+from benchmark.pictures import IMITATION, LANGUAGE, MUJOCO, curve_file
 from benchmark.report import Row, aligned, iqm_interval, read_baselines
 from benchmark.run import read_object
 from benchmark.suites import NO_FLOOR, PPO_PAPER, PPO_PAPER_ENVS
 
-HEAD = ["Algorithm", "Environment", "Steps", "IQM [95% interval]", "Seeds", "Bar", "Best published", "Steps/s", ""]
+HEAD = ["Algorithm", "Environment", "Steps", "IQM [95% interval]", "Seeds", "Bar", "Best published", "Steps/s"]
+HEAD += ["Score", "Interval"]
 BEGIN = "<!-- results:begin -->"
 END = "<!-- results:end -->"
 README_HEAD = ["Script", "Environment, steps: score (best published)", "Speed"]
@@ -35,10 +36,11 @@ differ only in their seed, with its 95% interval in brackets (stratified bootstr
 hyperparameter was tuned on these seeds. `python -m benchmark run --suite mujoco` trains the rows of a suite again and
 prints them as here, and `--algo`, `--env` and `--seeds` choose among its runs.
 
-PASS: not below the bar, with all seeds of the suite; short: not below it, with fewer. Bars and published scores with
-their sources are in [`references.csv`](references.csv), the score and the curve of every seed in
-[`baselines/`](baselines). Steps per second in this table are of runs side by side; the comparison of speed at the end
-had the machine to itself. There, what rests on two runs was measured before the scripts took their present form.
+The last columns judge the score and its whole interval. PASS: not below the bar, with all seeds of the suite; short:
+not below it, with fewer; open: the interval holds the bar; FAIL: below it. Bars and published scores with their sources
+are in [`references.csv`](references.csv), the score and the curve of every seed in [`baselines/`](baselines). Steps per
+second in this table are of runs side by side; the comparison of speed at the end had the machine to itself. There, what
+rests on two runs was measured before the scripts took their present form.
 """
 PAPER = """\
 The experiment of the PPO paper (section 6.1) with these scripts: mean return of the last 100 training episodes after 1M
@@ -55,7 +57,23 @@ eps = 0.2 comes near the 2,300, 3,450 and 8,000 or so of the paper's Figure 3; o
 there. An environment enters the table when every setting has been run there:
 `python -m benchmark run --suite ppo_paper`.
 """
+MUJOCO_TEXT = """\
+All environments of MuJoCo at a million steps taken together, as Agarwal et al. (2021) recommend: 0 is the random
+policy, 1 the best score that was published of any of our algorithms there. IQM is the interquartile mean over all runs;
+the other columns give the chance that a run of the row's algorithm beats one of the column's on the same environment,
+with 95% intervals. The picture shows how many runs come above a score, with bands of 95% at each.
+"""
+ORIGINS = """\
+`python -m benchmark run --suite SUITE --algo ALGORITHM --env ENVIRONMENT` makes a row. It starts a process for each
+seed, such as `python algos/dqn.py --env-id Acrobot-v1 --seed 1 --total-timesteps 100000 --torch-threads 1`, with the
+flags that stand behind the algorithm's name at its end, and ddppo by torchrun with two processes. The score of a seed
+is eval_mean in the result.json of its run directory. On one machine, with the same versions of the packages, the same
+seed gives the same numbers to the last bit, except for a3c and impala, whose processes do not wait for each other.
+Elsewhere the last bits differ and after them whole runs, but not what many seeds have in common.
 
+Script is the beginning of the hash of the script's text: `git cat-file -p HASH` prints it, and
+`git log --find-object HASH` names the commit that brought it.
+"""
 
 MEASURES = {  # by suite: title, what is said of the numbers beside the score, and the picture if there is one
     "prediction": ("The values of a random walk", """\
@@ -95,7 +113,8 @@ def table_row(line: dict) -> list[str]:
         score += f" [{number(line['low'])}, {number(line['high'])}]"
     bar = line["reference"]["bar"]
     sps = f"{line['sps']:,.0f}"
-    return [algo, env_id, f"{steps:,}", score, str(line["n"]), bar, published(line["reference"]), sps, line["verdict"]]
+    verdicts = [line["verdict"], line["interval"]]
+    return [algo, env_id, f"{steps:,}", score, str(line["n"]), bar, published(line["reference"]), sps, *verdicts]
 
 
 def table(lines: list[dict]) -> str:
@@ -157,6 +176,69 @@ def measures_section(suite: str, baselines: Path) -> str:
     return text + f'\n<img src="baselines/{picture}" alt="{title}">\n' if picture else text
 
 
+def published_section(lines: list[dict]) -> str:
+    """How many lines from `summarise` have a published score and reach it, and a table of those that do not."""
+    compared = [line for line in lines if line["reference"]["best_published"]]
+    if not compared:
+        return ""
+    counts: dict[str, int] = defaultdict(int)
+    rows = [[*HEAD[:4], "Best published", "Difference", "Interval"]]
+    for line in compared:
+        best = line["reference"]["best_published"]
+        interval = report.judge(line["low"], line["high"], best, whole=True)
+        counts[interval] += 1
+        if line["iqm"] >= float(best):
+            counts["reached"] += 1
+        else:
+            cells = table_row(line)
+            verdict = "below" if interval == "FAIL" else interval
+            rows.append([*cells[:4], cells[6], number(line["iqm"] - float(best)), verdict])
+    text = f"""\
+{len(compared)} rows have a score that was published for about their budget. At or above the best one, whatever its
+protocol: {counts["reached"]}, of which {counts["PASS"]} with their whole interval. Below it with their whole interval:
+{counts["FAIL"]}.
+"""
+    return f"{text}\n{aligned(rows)}\n" if len(rows) > 1 else text
+
+
+def mujoco_section(baselines: Path, references: dict[Row, dict[str, str]]) -> str:
+    """Algorithms compared over the environments of MuJoCo; empty if none was run on all of them."""
+    scores = report.mujoco_scores(baselines, references)
+    if not scores:
+        return ""
+
+    def interval(value: float, low: float, high: float) -> str:
+        return f"{value:.2f} [{low:.2f}, {high:.2f}]"
+
+    rows = [["Algorithm", "Seeds", "IQM", *(f"beats {algo}" for algo in scores)]]
+    for algo, mine in scores.items():
+        chances = ["" if other is mine else interval(*report.improvement(mine, other)) for other in scores.values()]
+        rows.append([algo, str(len(mine)), interval(*iqm_interval(mine)), *chances])
+    picture = f'<img src="baselines/{MUJOCO}" width="75%" alt="Performance profiles on MuJoCo">'
+    return f"{MUJOCO_TEXT}\n{aligned(rows)}\n\n{picture}\n"
+
+
+def origins_section(baselines: Path) -> str:
+    """How to make each row again, and what it was made with."""
+    rows = [["Algorithm", "Environment", "Steps", "Suite", "Runs of", "Script"]]
+    versions: dict[str, set[str]] = defaultdict(set)
+    seen = set()
+    for suite in report.TABULATED:
+        for row, runs in read_baselines(baselines, suite).items():
+            if row in seen or len(runs) < 2:
+                continue
+            seen.add(row)
+            dates = sorted({run["date"] for run in runs if "date" in run})
+            texts = {run["script"][:8] for run in runs if run.get("script")}
+            days = " to ".join(dict.fromkeys([dates[0], dates[-1]])) if dates else ""
+            rows.append([row[0], row[1], f"{row[2]:,}", suite, days, ", ".join(sorted(texts))])
+            for run in runs:
+                for name, version in run.get("versions", {}).items():
+                    versions[name].add(version)
+    told = ", ".join(f"{name} {' and '.join(sorted(found))}" for name, found in versions.items())
+    return f"{ORIGINS}\n{aligned(rows)}\n\nVersions: {told}.\n" if seen else ""
+
+
 def speed_section(baselines: Path) -> str:
     """What was measured of speed; empty if nothing was."""
     path = baselines / "speed.json"
@@ -176,15 +258,19 @@ def results_file(baselines: Path, references: dict[Row, dict[str, str]]) -> str:
     for picture in sorted({row[1:] for row in kept if row[1] not in NO_FLOOR}):
         curves += f'<img src="baselines/{curve_file(*picture)}" width="49%" alt="Learning curves on {picture[0]}">\n'
     measures = {title: measures_section(suite, baselines) for suite, (title, *_) in MEASURES.items()}
+    lines = list(report.results(kept, references).values())
     sections = {
+        "Against the best published scores": published_section(lines),
+        "MuJoCo as a whole": mujoco_section(baselines, references),
         "Where the bars and the published scores come from": sources,
         "Learning curves": curves,
         **measures,
         "The experiment of the PPO paper": paper_section(baselines),
         "Speed": speed_section(baselines),
         "Several processes": scaling.section(baselines),
+        "How each number is made": origins_section(baselines),
     }
-    text = f"{ABOUT}\n{table(list(report.results(kept, references).values()))}\n"
+    text = f"{ABOUT}\n{table(lines)}\n"
     for title, section in sections.items():
         if section:
             text += f"\n## {title}\n\n{section}"

@@ -13,7 +13,7 @@ from plotly.offline import get_plotlyjs
 from benchmark import markdown, report
 from benchmark.run import file_name
 
-SEEDS = ["Seed", "Evaluation", "Episodes", "Last 100 of training", "Steps/s", "Seconds", "Date", "Commit"]
+SEEDS = ["Seed", "Evaluation", "Episodes", "Last 100 of training", "Steps/s", "Seconds", "Date", "Script"]
 
 
 def prose(text: str, label: str = r"\g<0>") -> Markup:
@@ -69,7 +69,7 @@ def result(line: dict, runs: list[dict]) -> dict:
         last = "" if run["train_return"] is None else f"{run['train_return']:.1f}"
         scores = [f"{run['eval_mean']:.1f}", len(run["eval_returns"]), last]
         costs = [f"{run['sps']:,.0f}", f"{run['wall_time']:,.0f}"]
-        seeds.append(dict(cells=[run["seed"], *scores, *costs, run.get("date", ""), (run["git_commit"] or "")[:8]]))
+        seeds.append(dict(cells=[run["seed"], *scores, *costs, run.get("date", ""), (run.get("script") or "")[:8]]))
     about = "; ".join(filter(None, [reference["source"], reference["note"]]))
     return dict(id=name, cells=cells, about=about, seeds=seeds)
 
@@ -82,13 +82,12 @@ def html(baselines: Path, references: dict[report.Row, dict[str, str]]) -> str:
         charts[row[1]] += traces(row[0], runs)
     every = [run for runs in kept.values() for run in runs]
     facts = {name: {run["versions"][name] for run in every if name in run["versions"]} for name in report.PACKAGES}
-    facts["commits"] = {run["git_commit"][:8] for run in every if run["git_commit"]}
     loader = jinja2.FileSystemLoader(report.FOLDER)
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     environment.filters["prose"] = prose
     environment.tests["number"] = re.compile(r"-?\d[\d.,]*( [\[(][^a-z]*[\])])?").fullmatch
     return environment.get_template("page.html").render(
-        head=[*markdown.HEAD[:-1], "Verdict"],
+        head=markdown.HEAD,
         results=[result(line, kept[row]) for row, line in report.results(kept, references).items()],
         seeds_head=SEEDS,
         charts={env_id: lines for env_id, lines in charts.items() if lines},

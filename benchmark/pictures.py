@@ -1,4 +1,4 @@
-"""Draws the kept runs: learning curves, how a proxy is over-optimised, and how many demonstrations a clone needs."""
+"""Draws the kept runs: learning curves, algorithms compared over environments, and what single suites show."""
 
 import textwrap
 from pathlib import Path
@@ -17,6 +17,7 @@ matplotlib.use("svg")
 plt.rcParams["svg.hashsalt"] = "foliorl"  # equal results give equal files
 plt.rcParams["axes.spines.top"] = False
 plt.rcParams["axes.spines.right"] = False
+MUJOCO = "curves/performance_profile.svg"
 LANGUAGE = "curves/over_optimisation.svg"
 IMITATION = "curves/demonstrations.svg"
 
@@ -60,6 +61,27 @@ def draw_curves(baselines: Path) -> None:
     for picture, figure in figures.items():
         figure.legend(loc="outside right upper", frameon=False)
         save(figure, baselines / curve_file(*picture))
+
+
+def draw_performance_profile(baselines: Path, references: dict[report.Row, dict[str, str]]) -> None:
+    """For each algorithm the share of its runs on MuJoCo above a normalised score, over that score."""
+    scores = report.mujoco_scores(baselines, references)
+    if not scores:
+        return
+    figure = plt.figure(figsize=(7, 3.8), layout="constrained")
+    axes = figure.gca()
+    levels = np.linspace(0, max(x.max() for x in scores.values()), 200)
+    for algo, x in scores.items():
+        colour, line = styles()[algo]
+        share, low, high = report.performance_profile(x, levels)
+        axes.fill_between(levels, low, high, color=colour, alpha=0.15, linewidth=0)
+        label = f"{algo}, {len(x)} seeds"
+        axes.plot(levels, share, dict(solid="-", dash="--", dot=":")[line], color=colour, linewidth=2, label=label)
+    axes.axvline(1, color="black", linewidth=0.5)
+    title = "MuJoCo, 1,000,000 steps"
+    axes.set(title=title, xlabel="normalised score", ylabel="share of runs above it", ylim=(0, 1.02))
+    figure.legend(loc="outside right upper", frameon=False)
+    save(figure, baselines / MUJOCO)
 
 
 def draw_over_optimisation(baselines: Path) -> None:
@@ -112,8 +134,9 @@ def draw_demonstrations(baselines: Path) -> None:
     save(figure, baselines / IMITATION)
 
 
-def draw_all(baselines: Path) -> None:
+def draw_all(baselines: Path, references: dict[report.Row, dict[str, str]]) -> None:
     """Every picture of RESULTS.md."""
     draw_curves(baselines)
+    draw_performance_profile(baselines, references)
     draw_over_optimisation(baselines)
     draw_demonstrations(baselines)

@@ -20,19 +20,45 @@ FOLDER = Path(__file__).parent
 PACKAGES = ("torch", "gymnasium", "numpy", "mujoco", "ale-py", "MinAtar", "Box2D")
 # What config.json holds beside hyperparameters; older scripts recorded all versions and the commit there.
 PLUMBING = {"algo", "seed", "run_dir", "track", "capture_video", "checkpoint_every", "resume", "torch", "gymnasium"}
-PLUMBING |= {"versions", "git_commit"}
+PLUMBING |= {"save_buffer", "versions", "git_commit"}
 COUNTS = {"seed", "total_timesteps", "trained_steps", "eval_cut"}  # what result.json holds beside measurements
 # Nine of the ten colours of Petroff (2021), which colour-blind readers can tell apart; the tenth is faint on white.
 COLOURS = ["#94a4a2", "#b9ac70", "#ffa90e", "#a96b59", "#832db6", "#717581", "#e76300", "#3f90da", "#bd1f01"]
 
 
+def resample(scores: np.ndarray, resamples: int = 2000, seed: int = 0) -> np.ndarray:
+    """Bootstrap samples (resamples, runs, tasks) of scores (runs, tasks); runs are resampled within each task."""
+    runs, tasks = scores.shape
+    chosen = np.random.default_rng(seed).integers(0, runs, (resamples, runs, tasks))
+    return scores[chosen, np.arange(tasks)]
+
+
 def iqm_interval(scores: np.ndarray, resamples: int = 2000) -> tuple[float, float, float]:
     """Interquartile mean of scores (runs, tasks) and its 95% stratified bootstrap interval (Agarwal et al. 2021)."""
-    runs, tasks = scores.shape
-    chosen = np.random.default_rng(0).integers(0, runs, (resamples, runs, tasks))  # runs are resampled within each task
-    samples = scores[chosen, np.arange(tasks)].reshape(resamples, -1)
+    samples = resample(scores, resamples).reshape(resamples, -1)
     low, high = np.percentile(trim_mean(samples, 0.25, axis=1), [2.5, 97.5])
     return float(trim_mean(scores, 0.25, axis=None)), float(low), float(high)
+
+
+def improvement(these: np.ndarray, those: np.ndarray) -> tuple[float, float, float]:
+    """The chance that a run of one algorithm beats one of another, with its 95% interval (Agarwal et al. 2021).
+
+    Both have scores (runs, tasks) on the same tasks, over which the chance is averaged; a draw counts half.
+    """
+
+    def chance(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        x, y = x[..., :, None, :], y[..., None, :, :]
+        return ((x > y) + (x == y) / 2).mean((-3, -2, -1))
+
+    low, high = np.percentile(chance(resample(these), resample(those, seed=1)), [2.5, 97.5])
+    return float(chance(these, those)), float(low), float(high)
+
+
+def performance_profile(scores: np.ndarray, levels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The share of scores (runs, tasks) above each level, with its 95% interval at each (Agarwal et al. 2021)."""
+    samples = (resample(scores)[..., None] > levels).mean((1, 2))
+    low, high = np.percentile(samples, [2.5, 97.5], axis=0)
+    return (scores[..., None] > levels).mean((0, 1)), low, high
 
 
 def aligned(cells: list[list[str]]) -> str:
@@ -48,20 +74,27 @@ def read_references(path: Path) -> dict[Row, dict[str, str]]:
         return {(line["algorithm"], line["env_id"], int(line["steps"])): line for line in csv.DictReader(file)}
 
 
+def judge(low: float, high: float, bar: str, whole: bool) -> str:
+    """How a score between low and high stands to a bar, which may be empty; `whole`: all planned seeds were run."""
+    if not bar:
+        return "-"
+    if high < float(bar):
+        return "FAIL"
+    if low < float(bar):
+        return "open"
+    return "PASS" if whole else "short"  # too few seeds to claim anything
+
+
 def summarise(row: Row, runs: list[dict], planned: int, references: dict[Row, dict[str, str]]) -> dict:
     """One line of the table from the runs of its seeds."""
     reference: dict[str, str] = defaultdict(str, references.get(row, {}))
     iqm, low, high = iqm_interval(np.array([[run["eval_mean"]] for run in runs]))
-    if not reference["bar"]:
-        verdict = "-"
-    elif iqm < float(reference["bar"]):
-        verdict = "FAIL"
-    elif len(runs) < planned:
-        verdict = "short"  # too few seeds to claim anything
-    else:
-        verdict = "PASS"
-    sps = np.median([run["sps"] for run in runs])
-    return dict(row=row, iqm=iqm, low=low, high=high, n=len(runs), sps=sps, reference=reference, verdict=verdict)
+    whole = len(runs) >= planned
+    line = dict(row=row, iqm=iqm, low=low, high=high, n=len(runs), reference=reference)
+    line["sps"] = np.median([run["sps"] for run in runs])
+    line["verdict"] = judge(iqm, iqm, reference["bar"], whole)
+    line["interval"] = judge(low, high, reference["bar"], whole)
+    return line
 
 
 def suite_rows(*suites: str) -> dict[Row, list[Cell]]:
@@ -101,7 +134,7 @@ def kept_run(run_dir: Path, seed: int, result: dict) -> dict:
         kept["curves"] = {name: learning_curve(run_dir, name) for name in ("proxy_reward", "kl")}
     return kept | dict(
         date=str(finished.date()),
-        git_commit=origin.get("git_commit"),
+        script=origin.get("script"),
         versions={name: versions[name] for name in PACKAGES if name in versions},
         curve=learning_curve(run_dir),
     )
@@ -190,6 +223,33 @@ def results(kept: dict[Row, list[dict]], references: dict[Row, dict[str, str]]) 
     """Lines from `summarise` for the rows of several runs: one run has a curve, but is no result."""
     planned = suite_rows(*SUITES)
     return {row: summarise(row, runs, len(planned[row]), references) for row, runs in kept.items() if len(runs) > 1}
+
+
+def mujoco_scores(baselines: Path, references: dict[Row, dict[str, str]]) -> dict[str, np.ndarray]:
+    """Scores (seeds, environments) of every algorithm that was run on all environments of MuJoCo for a million steps.
+
+    0 is the random policy and 1 the best published score of any algorithm there.
+    """
+    steps = 1_000_000
+    kept = {
+        (algo, env_id): runs for (algo, env_id, n), runs in read_baselines(baselines, "mujoco").items() if n == steps
+    }
+    env_ids = sorted({env_id for _, env_id in kept})
+    random = read_random_returns(baselines)
+    best: dict[str, float] = {}
+    for (_, env_id, n), reference in references.items():
+        if n == steps and reference["best_published"]:
+            best[env_id] = max(float(reference["best_published"]), best.get(env_id, -np.inf))
+    scores = {}
+    for algo in dict.fromkeys(algo for algo, _ in kept):
+        by_env = [{run["seed"]: run["eval_mean"] for run in kept.get((algo, env_id), [])} for env_id in env_ids]
+        seeds = sorted(set.intersection(*map(set, by_env)))
+        if len(seeds) > 1:
+            floor = np.array([random[env_id] for env_id in env_ids])
+            top = np.array([best[env_id] for env_id in env_ids])
+            returns = np.array([[returns[seed] for returns in by_env] for seed in seeds])
+            scores[algo] = (returns - floor) / (top - floor)
+    return scores
 
 
 def styles() -> dict[str, tuple[str, str]]:

@@ -1,6 +1,7 @@
 """Runs the cells of a suite, a few at a time, as processes of this machine or wherever else a launcher sends them."""
 
 import contextlib
+import hashlib
 import importlib.metadata
 import json
 import math
@@ -18,7 +19,7 @@ from typing import IO, NamedTuple
 
 from tqdm import tqdm
 
-from benchmark.suites import SUITES, TORCHRUN
+from benchmark.suites import OFF_POLICY, SUITES, TORCHRUN
 
 try:
     import fcntl
@@ -143,23 +144,19 @@ def set_aside(run_dir: Path) -> None:
         path.rename(aside / path.name)
 
 
-def commit_of(script: Path) -> str | None:
-    """The git commit that is checked out if it holds the script just as it is, else None."""
-    git = ["git", "-C", str(script.parent)]
-    try:
-        committed = subprocess.run([*git, "show", f"HEAD:./{script.name}"], capture_output=True)
-        if committed.returncode or committed.stdout != script.read_bytes():
-            return None
-        return subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip()
-    except FileNotFoundError:  # git or the script
+def text_hash(script: Path) -> str | None:
+    """The hash under which git keeps the script's text once it is committed: `git cat-file -p` shows it."""
+    if not script.exists():
         return None
+    text = script.read_bytes()
+    return hashlib.sha1(b"blob %d\0%b" % (len(text), text)).hexdigest()
 
 
-def write_origin(run_dir: Path, commit: str | None) -> None:
-    """Note in origin.json what a run is made with: the versions of all packages and the commit of the script."""
+def write_origin(run_dir: Path, script: str | None) -> None:
+    """Note in origin.json what a run is made with: the hash of the script's text and the versions of all packages."""
     names = {package.name for package in importlib.metadata.distributions()} - {None}  # what pip could not remove
     versions = {name: importlib.metadata.version(name) for name in sorted(names)}
-    replace_text(run_dir / "origin.json", json.dumps(dict(git_commit=commit, versions=versions), indent=1))
+    replace_text(run_dir / "origin.json", json.dumps(dict(script=script, versions=versions), indent=1))
 
 
 def progress(run_dir: Path) -> tuple[int, float | None]:
@@ -190,6 +187,8 @@ def command(cell: Cell, run_dir: Path, algos: Path) -> list[str]:
         return [*words, "--resume", str(run_dir)]
     words += ["--env-id", cell.env_id, "--seed", str(cell.seed), "--total-timesteps", str(cell.steps)]
     words += ["--run-dir", str(run_dir), "--torch-threads", "1"]  # processes side by side beat threads
+    if cell.algo in OFF_POLICY and cell.steps >= 1_000_000:  # an interrupted run goes on where it was
+        words += ["--save-buffer", "--checkpoint-every", "100000"]
     return words + shlex.split(cell.flags)
 
 
@@ -250,7 +249,7 @@ class Local:
         """Start a cell or, if there is a checkpoint, continue it; `log` is that from `own`."""
         run_dir = self.out / cell.name
         with log:
-            write_origin(run_dir, commit_of(self.algos / f"{cell.algo}.py"))
+            write_origin(run_dir, text_hash(self.algos / f"{cell.algo}.py"))
             self.running[cell] = spawn(cell, run_dir, self.algos, log)
 
     def ended(self) -> dict[Cell, int]:

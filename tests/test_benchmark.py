@@ -99,6 +99,63 @@ def test_bootstrap_is_stratified():
     assert report.iqm_interval(np.array([[0.0, 100.0, 7.0]] * 4))[1:] == pytest.approx([64 / 3] * 2)
 
 
+def test_chance_of_improvement_by_hand():
+    """3 of 4 pairs on the first task, one of them drawn, all on the second; equal algorithms have one half."""
+    these, those = np.array([[2.0, 9.0], [3.0, 8.0]]), np.array([[1.0, 0.0], [3.0, 1.0]])
+    chance, low, high = report.improvement(these, those)
+    assert chance == pytest.approx((2.5 / 4 + 1) / 2)
+    assert 0.5 <= low < chance < high == 1
+    assert report.improvement(these, these)[0] == 0.5
+    assert report.improvement(these[:1], those[:1])[1:] == (1.0, 1.0), "one run each: nothing varies"
+
+
+def test_performance_profile_by_hand():
+    scores = np.array([[0.0, 1.0], [2.0, 1.0]])
+    share, low, high = report.performance_profile(scores, np.array([-1.0, 0.0, 0.5, 1.5, 2.0]))
+    assert share.tolist() == [1, 0.75, 0.75, 0.25, 0]
+    assert low.tolist() == [1, 0.5, 0.5, 0, 0]  # the first task has two zeros, one or none
+    assert high.tolist() == [1, 1, 1, 0.5, 0]
+
+
+def test_scores_on_mujoco_are_normalised(tmp_path, monkeypatch):
+    """By hand: seeds that an algorithm has on all environments, between the random policy and the best published."""
+    monkeypatch.setitem(SUITES, "mujoco", [
+        ("a b", "X-v0", 1_000_000, "1-3", ""), ("a b", "Y-v0", 1_000_000, "1-3", ""), ("b", "X-v0", 9, "1-3", ""),
+    ])  # fmt: skip
+    returns = {("a", "X-v0"): [10, 20, 30], ("a", "Y-v0"): [-1, 0], ("b", "X-v0"): [5, 5], ("b", "Y-v0"): [5]}
+    for (algo, env_id), values in returns.items():
+        row = (algo, env_id, 1_000_000)
+        runs = [dict(seed=seed, eval_mean=value) for seed, value in enumerate(values, 1)]
+        (tmp_path / f"{report.file_name(row)}.json").write_text(json.dumps(dict(row=row, seeds=runs)))
+    (tmp_path / "random.json").write_text(json.dumps({"X-v0": 10, "Y-v0": -2}))
+    best = {("a", "X-v0", 1_000_000): "20", ("b", "X-v0", 1_000_000): "15", ("b", "Y-v0", 1_000_000): "2"}
+    best |= {("b", "X-v0", 9): "99", ("a", "Y-v0", 1_000_000): ""}
+    scores = report.mujoco_scores(tmp_path, {row: dict(best_published=value) for row, value in best.items()})
+    assert {algo: x.tolist() for algo, x in scores.items()} == {"a": [[0, 0.25], [1, 0.5]]}
+
+
+def test_what_reaches_the_best_published_score(tmp_path):
+    """Those that do not are told, with the difference."""
+
+    def line(algo: str, best: str, *scores: float) -> dict:
+        runs = [dict(eval_mean=score, sps=1.0) for score in scores]
+        return report.summarise(
+            (algo, "X-v0", 1), runs, 2, {(algo, "X-v0", 1): dict(bar="", best_published=best, protocol="p")}
+        )
+
+    lines = [line("sure", "10", 10, 11), line("so", "10", 9, 12), line("no", "20", 9, 12), line("alone", "", 1, 2)]
+    text = markdown.published_section([*lines, line("barely", "20", 19, 20)])
+    assert text.startswith("4 rows have a score")
+    told = "the best one, whatever its protocol: 2, of which 1 with their whole interval. Below it with their whole"
+    assert f"{told} interval: 1. |" in " ".join(text.split())
+    cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row in text.splitlines() if row.startswith("|")]
+    assert cells[2:] == [
+        ["no", "X-v0", "1", "10.5 [9.00, 12.0]", "20 (p)", "-9.50", "below"],
+        ["barely", "X-v0", "1", "19.5 [19.0, 20.0]", "20 (p)", "-0.50", "open"],
+    ]
+    assert markdown.published_section(lines[-1:]) == ""
+
+
 def test_seeds_and_cells(monkeypatch):
     assert parse_seeds("1-3,7") == [1, 2, 3, 7]
     monkeypatch.setitem(SUITES, "toy", [("a b", "X/Y-v0", 10, "1-2", "--k 3")])
@@ -114,6 +171,12 @@ def test_scripts_of_several_processes_are_started_by_torchrun():
     assert words[:3] == [sys.executable, "-m", "torch.distributed.run"]
     assert words[words.index("--nproc-per-node") + 1] == "2"
     assert words.index(str(Path("algos/ddppo.py"))) == words.index("--nproc-per-node") + 2
+
+
+def test_runs_of_hours_keep_their_replay_buffer():
+    for algo, steps, kept in (("sac", 1_000_000, True), ("sac", 100_000, False), ("ppo_clip", 1_000_000, False)):
+        words = command(Cell(algo, "X-v0", steps, 1), Path("d"), Path("algos"))
+        assert ("--save-buffer" in words) == ("--checkpoint-every" in words) == kept
 
 
 def test_suites_and_references_fit():
@@ -176,17 +239,20 @@ def test_bad_command_lines_end_in_code_2(capsys, words):
     assert capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("bar", "code", "verdict"), [("25", 0, "PASS"), ("25.1", 1, "FAIL"), ("", 0, "-")])
-def test_exit_code_tells_the_bar(bench, capsys, bar, code, verdict):
+@pytest.mark.parametrize(
+    ("bar", "code", "verdicts"),
+    [("25", 0, ["PASS", "open"]), ("25.1", 1, ["FAIL", "open"]), ("10", 0, ["PASS"] * 2), ("", 0, ["-"] * 2)],
+)
+def test_exit_code_tells_the_bar(bench, capsys, bar, code, verdicts):
     assert bench("run", "--suite", "toy", "--env", "Toy/Env-v0", "--workers", "4", bar=bar) == code
     row = next(line for line in capsys.readouterr().out.splitlines() if "Toy" in line)
     assert "25.0 [" in row
-    assert row.split("|")[-2].strip() == verdict
+    assert [cell.strip() for cell in row.split("|")[-3:-1]] == verdicts
 
 
 def test_too_few_seeds_prove_nothing(bench, capsys):
     assert bench("run", "--suite", "toy", "--env", "Toy/Env-v0", "--seeds", "3-4", bar="25") == 0
-    assert "| short |" in capsys.readouterr().out
+    assert "| short | short    |" in capsys.readouterr().out
 
 
 def test_report_keeps_results_and_check_finds_stale_files(bench, tmp_path, capsys):
@@ -229,35 +295,32 @@ def test_one_stale_file_is_enough(bench, tmp_path, capsys, name):
     told = [line.split(" is ")[1].split(":")[0] for line in capsys.readouterr().out.splitlines()]
     assert sorted(told) == ["current", "stale"]
     assert "26.0" in (tmp_path / name).read_text(), "--check writes nothing"
-    (tmp_path / name).write_text(text.replace("after", "after, changed by hand"))
+    (tmp_path / name).write_text(text.replace("\nafter\n", "\nafter, changed by hand\n"))
     assert bench("report", "--check") == 0, "what stands outside of the marks is nobody's result"
 
 
 def test_where_a_run_comes_from_is_kept(bench, tmp_path):
-    """The packages that are installed and the commit of the script, if that is committed as it is."""
+    """The packages that are installed and the script's text, under the hash by which git will know it."""
 
     def git(*words: str) -> str:
-        line = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b.c", "-c", "commit.gpgsign=false"]
-        return subprocess.run([*line, *words], check=True, capture_output=True, text=True).stdout.strip()
+        line = ["git", "-C", str(tmp_path), *words]
+        return subprocess.run(line, check=True, capture_output=True, text=True).stdout.strip()
 
-    bench("run", "--suite", "toy", "--env", "Toy/Env-v0", "--seeds", "1")
     git("init")
-    bench("run", "--suite", "toy", "--env", "Toy/Env-v0", "--seeds", "2")
-    git("add", "fake.py")
-    git("commit", "-m", "first")
-    commit = git("rev-parse", "HEAD")
-    bench("run", "--suite", "toy", "--env", "Toy/Env-v0", "--seeds", "3")
-    (tmp_path / "fake.py").write_text(FAKE + "# changed\n")
-    bench("run", "--suite", "toy", "--env", "Toy/Env-v0", "--seeds", "4")
+    texts = []
+    for seeds, text in (("1-2", FAKE), ("3", FAKE + "# changed\n")):
+        (tmp_path / "fake.py").write_text(text)
+        texts.append(git("hash-object", "fake.py"))
+        bench("run", "--suite", "toy", "--env", "Toy/Env-v0", "--seeds", seeds)
     origin = json.loads((tmp_path / "runs" / "fake__Toy-Env-v0__1000__1" / "origin.json").read_text())
     assert origin["versions"]["tyro"] == importlib.metadata.version("tyro")
     (tmp_path / "runs" / "fake__Toy-Env-v0__1000__2" / "origin.json").unlink()  # as of a run started by hand
     assert bench("report") == 0
     path = tmp_path / "benchmark" / "baselines" / "fake__Toy-Env-v0__1000.json"
     runs = json.loads(path.read_text())["seeds"]
-    assert [run["git_commit"] for run in runs] == [None, None, commit, None]
+    assert [run["script"] for run in runs] == [texts[0], None, texts[1]]
     torch = importlib.metadata.version("torch")
-    assert [run["versions"].get("torch") for run in runs] == [torch, None, torch, torch]
+    assert [run["versions"].get("torch") for run in runs] == [torch, None, torch]
     assert "tyro" not in runs[0]["versions"], "only what the results depend on"
 
 
@@ -452,7 +515,7 @@ def test_sections_and_pictures_of_demonstrations_and_language(tmp_path, monkeypa
             settings = dict(num_demonstrations=i + 1, kl_coef=i / 8, top_fraction=0.5 if "top" in row[0] else 1.0)
             text = json.dumps(dict(row=row, hyperparameters=settings, seeds=runs))
             (tmp_path / f"{report.file_name(row)}.json").write_text(text)
-    pictures.draw_all(tmp_path)
+    pictures.draw_all(tmp_path, {})
     results = markdown.results_file(tmp_path, {})
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in results.splitlines()]
     assert ["Algorithm", "Seeds", "score", "demonstrator_mean"] in cells

@@ -41,10 +41,10 @@ onload = () => setTimeout(() => {
 
 
 def write_results(folder: Path, suite: str) -> None:
-    """Two seeds of each row, half a point around its algorithm's score, and a commit of its own."""
+    """Two seeds of each row, half a point around its algorithm's score, and a script of its own."""
     for i, row in enumerate(report.suite_rows(suite)):
         score = SCORES.get(row[0], 0.0)
-        run = dict(eval_returns=[score], train_return=1.25, wall_time=7.0, git_commit=f"{i:08}ff", sps=1234.0)
+        run = dict(eval_returns=[score], train_return=1.25, wall_time=7.0, script=f"{i:08}ff", sps=1234.0)
         curve = [[10.0, 1.0], [500.0, 4.5], [1000.0, score]]
         run |= dict(date=f"2026-01-0{2 + i}", versions=dict(torch="2.13"), curve=curve)
         seeds = [run | dict(seed=1, eval_mean=score - 0.5), run | dict(seed=2, eval_mean=score + 0.5)]
@@ -102,11 +102,11 @@ def test_the_page_has_every_cell_of_the_table(results):
         found = cells[start : start + len(expected)]
         assert [cell.removesuffix("me/it") for cell in found] == expected
         seeds = [f"{run['eval_mean']:.1f}" for run in runs]
-        assert [cells[start + 11], cells[start + 19]] == seeds
+        assert [cells[start + 12], cells[start + 20]] == seeds
+        assert cells[start + 18] == cells[start + 26] == runs[0]["script"][:8]
     assert cells[-4:] == ["TRPO", "77 (3)", "A2C", ""]
     assert "Runs of 2026-01-02 to 2026-01-05;" in text
-    assert "torch 2.13;" in text
-    assert "00000000, 00000001, 00000002, 00000003<" in text
+    assert "; torch 2.13</p>" in text
     assert '<a href="https://github.com/me/it/blob/0123abc/a">me/it@0123abc:a/*.md</a> (Table 1)' in text
 
 

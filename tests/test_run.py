@@ -458,7 +458,7 @@ def test_a_cluster_gives_the_same_table(bench, tmp_path, capsys, cluster):
         assert files[0].read_text() == files[1].read_text()
     assert not (tmp_path / half_done / "checkpoint.pt").exists()  # --resume would take it for that of the new run
     origin = json.loads((tmp_path / half_done / "origin.json").read_text())
-    assert origin == dict(git_commit=None, versions=origin["versions"])
+    assert origin == dict(script=run.text_hash(tmp_path / "fake.py"), versions=origin["versions"])
     assert "ray" in origin["versions"]
 
 
