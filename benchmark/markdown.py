@@ -68,8 +68,8 @@ ORIGINS = """\
 seed, such as `python algos/dqn.py --env-id Acrobot-v1 --seed 1 --total-timesteps 100000 --torch-threads 1`, with the
 flags that stand behind the algorithm's name at its end, and ddppo by torchrun with two processes. The score of a seed
 is eval_mean in the result.json of its run directory. On one machine, with the same versions of the packages, the same
-seed gives the same numbers to the last bit, except for a3c and impala, whose processes do not wait for each other.
-Elsewhere the last bits differ and after them whole runs, but not what many seeds have in common.
+seed gives the same numbers to the last bit, except for a3c, whose workers do not wait for each other. Elsewhere the
+last bits differ and after them whole runs, but not what many seeds have in common.
 
 Script is the beginning of the hash of the script's text: `git cat-file -p HASH` prints it, and
 `git log --find-object HASH` names the commit that brought it.
