@@ -76,7 +76,13 @@ SUITES = {
         ("dpo", "reviews", 104_000, "1-10", ""),
         ("grpo", "countdown", 400_000, "1-10", ""),
     ],
-    "minatar": [("ppo_clip dqn noisy_dqn qr_dqn rainbow pqn", "MinAtar/Breakout-v1", 1_000_000, "1-3", "")],
+    "minatar": [
+        ("ppo_clip dqn noisy_dqn qr_dqn rainbow pqn", "MinAtar/Breakout-v1", 1_000_000, "1-3", ""),
+        ("ppo_clip dqn rainbow", "MinAtar/SpaceInvaders-v1", 1_000_000, "1-3", ""),
+        ("ppo_clip dqn", "MinAtar/Freeway-v1", 1_000_000, "1-3", ""),
+        ("ppo_clip dqn", "MinAtar/Asterix-v1", 1_000_000, "1-3", ""),
+        ("ppo_clip dqn", "MinAtar/Seaquest-v1", 1_000_000, "1-3", ""),
+    ],
     "atari": [("ppo_clip", "ALE/Pong-v5", 1_000_000, "1-2", FIRST_MILLION)],
 }
 
