@@ -40,7 +40,7 @@ The last columns judge the score and its whole interval. PASS: not below the bar
 not below it, with fewer; open: the interval holds the bar; FAIL: below it. Bars and published scores with their sources
 are in [`references.csv`](references.csv), the score and the curve of every seed in [`baselines/`](baselines). Steps per
 second in this table are of runs side by side; the comparison of speed at the end had the machine to itself. There, what
-rests on two runs was measured before the scripts took their present form.
+rests on two runs beside another project was measured before the scripts took their present form.
 """
 PAPER = """\
 The experiment of the PPO paper (section 6.1) with these scripts: mean return of the last 100 training episodes after 1M
@@ -68,8 +68,8 @@ ORIGINS = """\
 seed, such as `python algos/dqn.py --env-id Acrobot-v1 --seed 1 --total-timesteps 100000 --torch-threads 1`, with the
 flags that stand behind the algorithm's name at its end, and ddppo by torchrun with two processes. The score of a seed
 is eval_mean in the result.json of its run directory. On one machine, with the same versions of the packages, the same
-seed gives the same numbers to the last bit, except for a3c, whose workers do not wait for each other. Elsewhere the
-last bits differ and after them whole runs, but not what many seeds have in common.
+seed gives the same numbers to the last bit if the run is not interrupted, except for a3c, whose workers do not wait for
+each other. Elsewhere the last bits differ and after them whole runs, but not what many seeds have in common.
 
 Script is the beginning of the hash of the script's text: `git cat-file -p HASH` prints it, and
 `git log --find-object HASH` names the commit that brought it.

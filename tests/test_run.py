@@ -434,9 +434,9 @@ def is_alive(pid: int) -> bool:
     return True
 
 
-def assert_dead(folder: Path) -> None:
-    """No script is alive but for the moment that Ray takes to tell it to end; left alone, one lives for 6 s."""
-    wait_for(lambda: not any(is_alive(int(pid)) for _, pid, _ in trace(folder)), seconds=3)
+def assert_dead(folder: Path, seconds: float = 0) -> None:
+    """No script is alive, or after so many seconds none."""
+    wait_for(lambda: not any(is_alive(int(pid)) for _, pid, _ in trace(folder)), seconds)
 
 
 def test_a_cluster_gives_the_same_table(bench, tmp_path, capsys, cluster):
@@ -480,7 +480,7 @@ def test_interruption_of_a_cluster_ends_the_scripts(tmp_path, cluster):
             wait_for(lambda count=count: result.exists() and len(trace(tmp_path)) > count)
             process.send_signal(number)
             assert process.wait(run.PATIENCE + 20) == code
-        assert_dead(tmp_path)
+        assert_dead(tmp_path, seconds=3)  # Ray tells them in its own time; left alone, one lives for 6 s
     assert [seed for _, _, seed in trace(tmp_path)].count("1") == 1
 
 
