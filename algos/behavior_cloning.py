@@ -646,7 +646,7 @@ def load_agent(folder: str, obs_space: Space, action_space: Space, device: torch
         agent.load_state_dict(checkpoint["agent"])
     except Exception as error:  # what is raised depends on where the file is damaged
         raise Refusal(f"the checkpoint of {folder} is missing or damaged") from error
-    if hasattr(agent, "epsilon"):
+    if hasattr(agent, "epsilon") and not getattr(settings, "noisy", False):
         agent.epsilon = settings.end_e  # as it was at the end of training
     return agent.eval().to(device)
 

@@ -15,11 +15,11 @@ over actions. These are continuous here.
 over transitions drawn uniformly from a replay buffer; Q' and mu' follow Q and mu slowly.
 
     python algos/ddpg.py --env-id Pendulum-v1       # -145 after 20,000 steps
-    python algos/ddpg.py --env-id HalfCheetah-v5    # 5,000 after 100,000 of 1M steps
+    python algos/ddpg.py --env-id HalfCheetah-v5    # 4,700 after 100,000 of 1M steps
 
 Not in the paper: mu', an average of the last mu, is what is evaluated. Noise is Gaussian and not an Ornstein-Uhlenbeck
 process, both networks have one step size, and Q sees actions from its first layer on, without batch normalisation or
-weight decay. The first actions are uniform and counted in single steps, as all periods are, so that several
+weight decay. The first learning_starts actions are uniform. All periods count single steps, so that several
 environments learn as often as one. Noise is added to actions in [-1, 1], which are scaled to the bounds of the
 environment; without bounds there is nothing to scale to.
 
@@ -66,7 +66,7 @@ class Args:
     train_frequency: int = 1  # environment steps per gradient step
     learning_rate: float = 1e-3  # step size of the optimizer
     gamma: float = 0.98  # discount
-    tau: float = 0.005  # share by which the targets approach the networks at each step
+    tau: float = 0.005  # share by which the targets approach the networks at each of their updates
     exploration_noise: float = 0.1  # standard deviation of the noise on actions in [-1, 1]
     hidden_size: int = 256  # units in each hidden layer of the MLPs
     save_buffer: bool = False  # keep the replay buffer in checkpoints; without it a resumed run fills it anew

@@ -12,8 +12,8 @@ bootstrap. So what a reward teaches reaches the n states before it at once.
     y = sum_{k<m} gamma^k r_{t+k} + gamma^m max_a' Q_target(s_{t+m}, a')
     L = E[(y - Q(s_t, a_t))^2]
 
-m is n, or less up to the end of the episode or the newest step in the buffer. A termination leaves nothing to bootstrap
-from; after a truncation, and at the newest step, Q_target values the last state that was seen.
+m is n, or less where the episode or the buffer ends before. A termination leaves nothing to bootstrap from; after a
+truncation, and at the newest step, Q_target values the last state that was seen.
 
     python algos/n_step_dqn.py --env-id CartPole-v1           # 500 after 50,000 steps
     python algos/n_step_dqn.py --env-id MinAtar/Breakout-v1   # trains 1M steps
@@ -157,7 +157,7 @@ def n_step_batch(
     batch = dict(
         obs=buffer.obs[rows, envs],
         actions=buffer.actions[rows, envs],
-        rewards=(gamma**k * buffer.rewards[window] * belongs).sum(1).astype(np.float32),
+        rewards=(gamma**k * buffer.rewards[window] * belongs).sum(1).astype(np.float32),  # eq. 2
         terminated=buffer.terminated[last, envs],
         next_obs=buffer.obs[(last + 1) % buffer.num_rows, envs],
         discounts=(gamma**m).astype(np.float32),
@@ -169,7 +169,7 @@ def critic_loss(agent: Agent, target: Agent, batch: dict[str, Tensor], args: Arg
     """The loss of Q on a batch with one transition of up to n steps per row, and what to log."""
     with torch.no_grad():
         next_values = target(batch["next_obs"]).amax(-1)
-        y = td_target(batch["rewards"], batch["terminated"], next_values, batch["discounts"])  # eq. 2 of Hessel et al.
+        y = td_target(batch["rewards"], batch["terminated"], next_values, batch["discounts"])
 
     q = agent(batch["obs"]).gather(-1, batch["actions"][:, None]).squeeze(-1)
     loss = F.mse_loss(q, y)
@@ -224,8 +224,8 @@ def train(args: Args) -> dict:
         # Optimise once per train_frequency of these N steps.
         for t in range(step - N + 1, step + 1):
             if t > learning_starts and t % args.train_frequency == 0:
-                rows, columns = buffer.draw(args.batch_size)
-                batch = n_step_batch(buffer, rows, columns, args.n_steps, args.gamma, device)
+                rows, env_ids = buffer.draw(args.batch_size)
+                batch = n_step_batch(buffer, rows, env_ids, args.n_steps, args.gamma, device)
                 gradients, metrics = critic_gradients(agent, target, batch, args)
                 descend(optimizer, gradients)
                 history.append(metrics)

@@ -20,8 +20,8 @@ every gradient step. The policy is greedy in the noisy Q; the evaluation takes t
 
     python algos/noisy_dqn.py --env-id CartPole-v1    # 500 after 50,000 steps
 
-Not in the paper: what dqn.py names, one draw for the actions of all environments, and two noisy layers on top of plain
-features: of one layer on vectors, of the whole CNN on images, whose dense layer is noisy in the paper.
+Not in the paper: what dqn.py names, one draw for the actions of all environments, and a plain dense layer before the
+two noisy ones. In the paper both dense layers on top of the convolutions are noisy, and there is no third.
 
 Read to the end of train(); what follows the ruler is the same in every script.
 """
@@ -281,8 +281,8 @@ FAMILIES = {
     ),
     "ALE/": dict(
         total_timesteps=10_000_000, num_envs=8, buffer_size=100_000, learning_starts=20_000, batch_size=32,
-        train_frequency=4, target_network_frequency=1000, learning_rate=1e-4, anneal_lr=False, clip_reward=True,
-        torch_threads=0,
+        train_frequency=4, target_network_frequency=1000, learning_rate=1e-4, anneal_lr=False, hidden_size=512,
+        clip_reward=True, torch_threads=0,
     ),
 }  # fmt: skip
 

@@ -11,9 +11,9 @@ undo what this does to the mean of the gradient, wholly at the end of the run.
 
     delta = r + gamma Q_target(s', argmax_a' Q(s', a')) - Q(s, a)
     P(i) = p_i^alpha / sum_k p_k^alpha    with  p_i = |delta_i| + eps  from when i was last replayed
-    L = mean_i w_i delta_i^2    with  w_i = (N P(i))^-beta / max_j w_j  and i drawn with probability P(i)
+    L = mean_i w_i delta_i^2    with  w_i = (M P(i))^-beta / max_j w_j  and i drawn with probability P(i)
 
-What was not replayed yet has the largest priority so far, and the maximum is over all N transitions in the buffer. The
+What was not replayed yet has the largest priority so far, and the maximum is over all M transitions in the buffer. The
 policy is epsilon-greedy in Q, and Q_target is a copy of Q, renewed now and then.
 
     python algos/prioritized_dqn.py --env-id CartPole-v1       # 500 after 50,000 steps
@@ -68,8 +68,8 @@ class Args:
     learning_rate: float = 1e-3  # step size of the optimizer
     anneal_lr: bool = True  # let the step size fall linearly to 0
     gamma: float = 0.99  # discount
-    priority_exponent: float = 0.6  # alpha, from 0 (uniform replay) to 1 (in proportion to the TD error)
-    priority_eps: float = 0.01  # eps, added to each |TD error|, so that no priority is 0
+    priority_exponent: float = 0.6  # alpha, from 0 (uniform replay) to 1 (in proportion to the errors)
+    priority_eps: float = 0.01  # eps, added to each error, so that no priority is 0
     importance_exponent: float = 0.4  # beta at the start; it rises linearly to 1
     start_e: float = 1.0  # epsilon, the share of random actions, at the start
     end_e: float = 0.05  # epsilon at the end of exploration and from then on
@@ -165,7 +165,7 @@ class Priorities(nn.Module):
         return self.tree.find(parts / batch_size * self.tree.sums[0].sum())
 
     def weights(self, places: np.ndarray, beta: float) -> np.ndarray:
-        """w_i = (N P(i))^-beta / max_j w_j (B,) of these places (B,); N and the sum in P(i) cancel (section 3.4)."""
+        """w_i = (M P(i))^-beta / max_j w_j (B,) of these places (B,); M and the sum in P(i) cancel (section 3.4)."""
         return (self.leaves[places] / self.tree.minima[0].min()) ** -beta
 
     def update(self, places: np.ndarray, td_errors: Tensor) -> None:

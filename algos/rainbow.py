@@ -18,8 +18,9 @@ values out to the atoms, Q is the mean of Z, and noise on the weights explores i
     python algos/rainbow.py --env-id LunarLander-v3 --no-noisy    # any part can be left out
 
 The flags of the parts are --double, --dueling, --prioritized, --n-steps (1 leaves it out), --noisy (without it,
-epsilon-greedy) and --distributional (without it, squared TD errors). With one part alone it learns as the script of
-that part does. Behind the ruler stand NoisyMLP of noisy_dqn.py and Priorities of prioritized_dqn.py.
+epsilon-greedy) and --distributional (without it, squared TD errors). With the parts and hyperparameters of a script it
+learns as that script does; dueling_dqn.py and prioritized_dqn.py have --double, too. Behind the ruler stand NoisyMLP of
+noisy_dqn.py and Priorities of prioritized_dqn.py.
 
 Not in the paper: a step size that falls to 0, atoms for each family of environments, and on vectors streams of one
 hidden layer that share another. All periods count single steps, so that several environments learn as often as one.
@@ -75,8 +76,8 @@ class Args:
     noisy: bool = True  # explore by noise on the weights, not by epsilon
     distributional: bool = True  # learn the distribution of returns, not its mean
     n_steps: int = 3  # n, steps before the bootstrap
-    priority_exponent: float = 0.5  # alpha, from 0 (uniform replay) to 1 (in proportion to the TD error)
-    priority_eps: float = 0.01  # eps, added to each |TD error|, so that no priority is 0
+    priority_exponent: float = 0.5  # alpha, from 0 (uniform replay) to 1 (in proportion to the errors)
+    priority_eps: float = 0.01  # eps, added to each error, so that no priority is 0
     importance_exponent: float = 0.4  # beta at the start; it rises linearly to 1
     sigma_0: float = 0.5  # the noise at the start: the first sigma of a layer with p inputs is sigma_0 / sqrt(p)
     num_atoms: int = 51  # atoms z_i on which each distribution of returns lies
@@ -135,12 +136,13 @@ class Agent(nn.Module):
         if args.dueling:
             num_outputs.append(self.num_atoms)  # of V(s)
 
-        def stream(num_outputs: int) -> nn.Module:
-            sizes = [width, *hidden, num_outputs]
+        def stream(size: int) -> nn.Module:
+            sizes = [width, *hidden, size]
             return NoisyMLP(sizes, nn.ReLU, args.sigma_0) if args.noisy else mlp(sizes, nn.ReLU)
 
-        self.streams = nn.ModuleList(stream(n) for n in num_outputs)
-        self.register_buffer("support", torch.linspace(args.v_min, args.v_max, args.num_atoms))  # z
+        self.streams = nn.ModuleList(stream(size) for size in num_outputs)
+        support = torch.linspace(args.v_min, args.v_max, args.num_atoms)  # z
+        self.register_buffer("support", support, persistent=False)
         self.epsilon = 0.0 if args.noisy else args.start_e
 
     def draw_noise(self) -> list | None:
@@ -215,7 +217,7 @@ def n_step_batch(
     batch = dict(
         obs=buffer.obs[rows, envs],
         actions=buffer.actions[rows, envs],
-        rewards=(gamma**k * buffer.rewards[window] * belongs).sum(1).astype(np.float32),
+        rewards=(gamma**k * buffer.rewards[window] * belongs).sum(1).astype(np.float32),  # eq. 2
         terminated=buffer.terminated[last, envs],
         next_obs=buffer.obs[(last + 1) % buffer.num_rows, envs],
         discounts=(gamma**m).astype(np.float32),
@@ -266,6 +268,7 @@ def critic_loss(
         m = project(next_probs, batch["rewards"], batch["terminated"], target.support, batch["discounts"])
         losses = F.cross_entropy(outputs, m, reduction="none")
         errors = F.kl_div(outputs.log_softmax(-1), m, reduction="none").sum(-1)  # its gradient is that of the losses
+        errors = errors.clamp(min=0)  # below which rounding can lead
     else:
         y = td_target(batch["rewards"], batch["terminated"], target.mean(next_outputs), batch["discounts"])
         losses = F.mse_loss(q, y, reduction="none")
@@ -330,11 +333,11 @@ def train(args: Args) -> dict:
                 if args.prioritized:
                     places = priorities.draw(args.batch_size)
                     weights = priorities.weights(places, beta)
-                    rows, columns = np.divmod(places, N)
+                    rows, env_ids = np.divmod(places, N)
                 else:
                     weights = np.ones(args.batch_size)
-                    rows, columns = buffer.draw(args.batch_size)
-                batch = n_step_batch(buffer, rows, columns, args.n_steps, args.gamma, device)
+                    rows, env_ids = buffer.draw(args.batch_size)
+                batch = n_step_batch(buffer, rows, env_ids, args.n_steps, args.gamma, device)
                 batch["weights"] = to_tensor(weights, device)
                 noise = [network.draw_noise() for network in (agent, agent, target)]
                 gradients, metrics = critic_gradients(agent, target, batch, noise, args)
@@ -373,8 +376,8 @@ FAMILIES = {
     ),
     "ALE/": dict(
         total_timesteps=10_000_000, num_envs=8, buffer_size=100_000, learning_starts=20_000, batch_size=32,
-        train_frequency=4, target_network_frequency=1000, learning_rate=2.5e-4, anneal_lr=False, v_min=-10.0,
-        v_max=10.0, end_e=0.01, exploration_fraction=0.1, clip_reward=True, torch_threads=0,
+        train_frequency=4, target_network_frequency=1000, learning_rate=6.25e-5, anneal_lr=False, v_min=-10.0,
+        v_max=10.0, end_e=0.01, exploration_fraction=0.1, hidden_size=512, clip_reward=True, torch_threads=0,
     ),
 }  # fmt: skip
 
@@ -688,7 +691,7 @@ class Priorities(nn.Module):
         return self.tree.find(parts / batch_size * self.tree.sums[0].sum())
 
     def weights(self, places: np.ndarray, beta: float) -> np.ndarray:
-        """w_i = (N P(i))^-beta / max_j w_j (B,) of these places (B,); N and the sum in P(i) cancel (section 3.4)."""
+        """w_i = (M P(i))^-beta / max_j w_j (B,) of these places (B,); M and the sum in P(i) cancel (section 3.4)."""
         return (self.leaves[places] / self.tree.minima[0].min()) ** -beta
 
     def update(self, places: np.ndarray, td_errors: Tensor) -> None:

@@ -16,11 +16,11 @@ pi is the tanh of a Gaussian. alpha moves to where the entropy of pi is -dim(A).
 slowly.
 
     python algos/sac.py --env-id Pendulum-v1       # -141 after 20,000 steps
-    python algos/sac.py --env-id HalfCheetah-v5    # 6,400 after 100,000 of 1M steps
+    python algos/sac.py --env-id HalfCheetah-v5    # 6,700 after 100,000 of 1M steps
 
 As in the authors' code, pi is a density on [-1, 1]; its actions are then scaled to the bounds of the environment, and
-without bounds there is nothing to scale to. Not in the paper: the first actions are uniform. All periods count single
-steps, so that several environments learn as often as one.
+without bounds there is nothing to scale to. Not in the paper: the first learning_starts actions are uniform. All
+periods count single steps, so that several environments learn as often as one.
 
 Read to the end of train(); what follows the ruler is the same in every script.
 """
@@ -65,7 +65,7 @@ class Args:
     train_frequency: int = 1  # environment steps per gradient step
     learning_rate: float = 1e-3  # step size of the optimizer
     gamma: float = 0.98  # discount
-    tau: float = 0.005  # share by which the targets approach the networks at each step
+    tau: float = 0.005  # share by which the targets approach the networks at each of their updates
     hidden_size: int = 256  # units in each hidden layer of the MLPs
     save_buffer: bool = False  # keep the replay buffer in checkpoints; without it a resumed run fills it anew
     compile: bool = False  # compile the gradient step: 10 s at the start, then 2 to 3 times as fast
@@ -174,7 +174,7 @@ def actor_loss(agent: Agent, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str
 
 
 def temperature_loss(agent: Agent, entropy: Tensor, target_entropy: float) -> tuple[Tensor, dict[str, Tensor]]:
-    """alpha (H(pi) - target entropy), which falls where alpha rises below the target; and what to log."""
+    """alpha (H(pi) - target entropy), whose descent raises alpha while the entropy is too low; and what to log."""
     alpha = agent.log_alpha.exp()
     loss = alpha * (entropy - target_entropy)  # eq. 18
     return loss, dict(alpha=alpha.detach())

@@ -15,10 +15,10 @@ that waits for them. So errors of the critics are not taken for value.
 Q'_1, Q'_2 and mu' follow Q_1, Q_2 and mu slowly.
 
     python algos/td3.py --env-id Pendulum-v1       # -143 after 20,000 steps
-    python algos/td3.py --env-id HalfCheetah-v5    # 6,000 after 100,000 of 1M steps
+    python algos/td3.py --env-id HalfCheetah-v5    # 5,700 after 100,000 of 1M steps
 
-Not in the paper: mu', an average of the last mu, is what is evaluated. The first actions are uniform and counted in
-single steps, as all periods are, so that several environments learn as often as one. Noise is added to actions in
+Not in the paper: mu', an average of the last mu, is what is evaluated. The first learning_starts actions are uniform.
+All periods count single steps, so that several environments learn as often as one. Noise is added to actions in
 [-1, 1], which are scaled to the bounds of the environment; without bounds there is nothing to scale to.
 
 Read to the end of train(); what follows the ruler is the same in every script.
@@ -65,7 +65,7 @@ class Args:
     policy_frequency: int = 2  # gradient steps of the critics per step of the policy and of the targets
     learning_rate: float = 1e-3  # step size of the optimizer
     gamma: float = 0.98  # discount
-    tau: float = 0.005  # share by which the targets approach the networks at each step
+    tau: float = 0.005  # share by which the targets approach the networks at each of their updates
     exploration_noise: float = 0.1  # standard deviation of the noise on actions in [-1, 1]
     policy_noise: float = 0.2  # sigma, standard deviation of the noise on the target's actions
     noise_clip: float = 0.5  # c, where that noise is clipped
