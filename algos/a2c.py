@@ -188,7 +188,7 @@ def train(args: Args) -> dict:
     T = args.num_steps
     num_iterations = args.total_timesteps // (N * T)
     first_iteration = run.step // (N * T)
-    obs, _ = envs.reset(seed=env_seed(args.seed, first_iteration * N))
+    obs, _ = envs.reset(seed=env_seed(args.seed, first_iteration * N % 500_000))
     done = np.zeros(N, bool)
     score = np.zeros(N)  # return so far of the running episodes
     discounted = np.zeros(N)  # the same, discounted, of the rewards that are learned from
@@ -726,7 +726,7 @@ class Run:
             raise Refusal(f"{self.dir} has {self.step} steps already, more than total_timesteps")
         planned = before.get("total_timesteps")
         if now["total_timesteps"] != planned:
-            print(f"what was to fall until step {planned} now falls until step {now['total_timesteps']}")
+            print(f"planned for {planned} steps, now for {now['total_timesteps']}: schedules, if any, are stretched")
         try:
             for name, part in self.parts.items():
                 state = states[name]

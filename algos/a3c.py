@@ -15,8 +15,8 @@ All workers share theta and g; theta' is the copy of theta that a worker acts wi
     python algos/a3c.py --env-id CartPole-v1    # 500 after 200,000 steps, in 2 processes
 
 Each worker has --num-envs environments, where the paper has one; steps are counted over all workers. One worker does
-what a2c.py does, bit for bit; the order of the updates of several is left to chance. Not in the paper: --lock, and what
-a2c.py names.
+what a2c.py does, bit for bit if its batches fill the budget exactly; the order of the updates of several is left to
+chance. Not in the paper: --lock, and what a2c.py names.
 
 Read to the end of train(); what follows the ruler is the same in every script.
 """
@@ -153,7 +153,7 @@ class Shared:
 
     agent: Agent  # with the parameters theta
     optimizer: torch.optim.Optimizer  # with g
-    steps: Tensor  # (W + 1,), of each worker and before the run was resumed; their sum is the paper's counter T
+    steps: Tensor  # (W + 1,), of each worker, and those before a resume; their sum is the paper's global counter
     update_lock: "Lock"  # with --lock, one worker at a time updates theta and g; without it, nobody waits
     moments_lock: "Lock"  # for the normalisers, whose variance could turn negative without it
 
@@ -197,7 +197,7 @@ def work(index: int, envs: gym.vector.VectorEnv, shared: Shared, args: Args) -> 
     N = args.num_envs
     T = args.num_steps  # the paper's t_max
     first_iteration = int(shared.steps[W]) // (N * T)
-    obs, _ = envs.reset(seed=env_seed(args.seed, (first_iteration * W + index) * N))
+    obs, _ = envs.reset(seed=env_seed(args.seed, (first_iteration * W + index) * N % 500_000))
     done = np.zeros(N, bool)
     score = np.zeros(N)  # return so far of the running episodes
     discounted = np.zeros(N)  # the same, discounted, of the rewards that are learned from
@@ -755,7 +755,7 @@ class Run:
             raise Refusal(f"{self.dir} has {self.step} steps already, more than total_timesteps")
         planned = before.get("total_timesteps")
         if now["total_timesteps"] != planned:
-            print(f"what was to fall until step {planned} now falls until step {now['total_timesteps']}")
+            print(f"planned for {planned} steps, now for {now['total_timesteps']}: schedules, if any, are stretched")
         try:
             for name, part in self.parts.items():
                 state = states[name]

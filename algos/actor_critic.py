@@ -11,9 +11,10 @@ sec. 13.5. Child of reinforce.py: the critic's Q(s, a) in place of the return. S
 
     L = E[log pi(a|s) Q(s, a)] - c1 E[(Q(s, a) - y)^2] + c2 E[H(pi)]    with  y = r + gamma Q(s', a')
 
-a' is the action really taken in s' (Sarsa). No gradient flows through y, nor through the Q(s, a) beside log pi.
+a' is the action really taken in s' (Sarsa), so the first action of a batch was chosen before the update that precedes
+it. No gradient flows through y, nor through the Q(s, a) beside log pi.
 
-    python algos/actor_critic.py --env-id CartPole-v1    # 498 after 200,000 steps
+    python algos/actor_critic.py --env-id CartPole-v1    # 500 after 200,000 steps
 
 Not in the book: a batch has several steps of several environments; Q is standardised over it, which makes its mean a
 baseline; there is no gamma^t before Q; rewards and (on MuJoCo) observations are normalised, gradients are clipped,
@@ -191,7 +192,7 @@ def train(args: Args) -> dict:
     T = args.num_steps
     num_iterations = args.total_timesteps // (N * T)
     first_iteration = run.step // (N * T)
-    obs, _ = envs.reset(seed=env_seed(args.seed, first_iteration * N))
+    obs, _ = envs.reset(seed=env_seed(args.seed, first_iteration * N % 500_000))
     action = agent.act(obs)
     done = np.zeros(N, bool)
     score = np.zeros(N)  # return so far of the running episodes
@@ -732,7 +733,7 @@ class Run:
             raise Refusal(f"{self.dir} has {self.step} steps already, more than total_timesteps")
         planned = before.get("total_timesteps")
         if now["total_timesteps"] != planned:
-            print(f"what was to fall until step {planned} now falls until step {now['total_timesteps']}")
+            print(f"planned for {planned} steps, now for {now['total_timesteps']}: schedules, if any, are stretched")
         try:
             for name, part in self.parts.items():
                 state = states[name]

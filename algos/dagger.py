@@ -264,7 +264,7 @@ def train(args: Args) -> dict:
         history.append(metrics)
 
         # Let the learner play an episode now and then, and ask the demonstrator what it would have done there.
-        if step % play_every == 0:
+        if step % play_every < B:
             seed = env_seed(args.seed, 100_000 + step // play_every)
             episode = roll_out(envs, lambda obs: to_env(agent.act(obs, greedy=True)), seed)
             run.episode_returns.append(float(episode["rewards"].sum()))
@@ -276,7 +276,7 @@ def train(args: Args) -> dict:
                     agent.encoder.update(labelled["obs"].to(device))
 
         run.bar.update(B)
-        if step % log_every == 0 or step + B > args.total_timesteps:
+        if step % log_every < B or step + B > args.total_timesteps:
             metrics = mean_metrics(history)
             if held_out:
                 metrics |= validate(agent, held_out, B, device)
@@ -634,8 +634,9 @@ def load_agent(folder: str, obs_space: Space, action_space: Space, device: torch
         raise Refusal(f"{folder} holds a run of {algo}, but there is no script {path}")
     spec = importlib.util.spec_from_file_location(algo, path)
     script = importlib.util.module_from_spec(spec)
+    sys.modules[algo] = script  # where dataclasses look up their annotations
     spec.loader.exec_module(script)
-    if not hasattr(script.Agent, "act"):
+    if not hasattr(getattr(script, "Agent", None), "act"):
         raise Refusal(f"{folder} holds a run of {algo}, which learns no policy")
 
     try:
@@ -814,7 +815,7 @@ class Run:
             raise Refusal(f"{self.dir} has {self.step} steps already, more than total_timesteps")
         planned = before.get("total_timesteps")
         if now["total_timesteps"] != planned:
-            print(f"what was to fall until step {planned} now falls until step {now['total_timesteps']}")
+            print(f"planned for {planned} steps, now for {now['total_timesteps']}: schedules, if any, are stretched")
         try:
             for name, part in self.parts.items():
                 state = states[name]

@@ -196,7 +196,7 @@ def train(args: Args) -> dict:
 
     log_every = max(args.log_every // N, 1) * N
     learning_starts = args.learning_starts + (0 if len(buffer) else run.step)  # a resumed run fills its buffer first
-    obs, _ = envs.reset(seed=env_seed(args.seed, run.step // log_every * N))
+    obs, _ = envs.reset(seed=env_seed(args.seed, run.step // log_every * N % 500_000))
     buffer.start(obs)
     done = np.zeros(N, bool)
     score = np.zeros(N)  # return so far of the running episodes
@@ -228,7 +228,7 @@ def train(args: Args) -> dict:
             history.append(metrics | actor_metrics)
 
         run.bar.update(N)
-        if step % log_every == 0 or step + N > args.total_timesteps:
+        if step % log_every < N or step + N > args.total_timesteps:
             run.log(step, mean_metrics(history))
             history.clear()
 
@@ -767,7 +767,7 @@ class Run:
             raise Refusal(f"{self.dir} has {self.step} steps already, more than total_timesteps")
         planned = before.get("total_timesteps")
         if now["total_timesteps"] != planned:
-            print(f"what was to fall until step {planned} now falls until step {now['total_timesteps']}")
+            print(f"planned for {planned} steps, now for {now['total_timesteps']}: schedules, if any, are stretched")
         try:
             for name, part in self.parts.items():
                 state = states[name]

@@ -154,7 +154,7 @@ def train(args: Args) -> dict:
     run = Run(args, agent=agent, optimizer=optimizer)
 
     log_every = max(args.log_every // N, 1) * N
-    obs, _ = envs.reset(seed=env_seed(args.seed, run.step // log_every * N))
+    obs, _ = envs.reset(seed=env_seed(args.seed, run.step // log_every * N % 500_000))
     progress = run.step / args.total_timesteps
     agent.epsilon = linear_schedule(args.start_e, args.end_e, args.exploration_fraction, progress)
     action = agent.act(obs)
@@ -193,7 +193,7 @@ def train(args: Args) -> dict:
         action = next_action
 
         run.bar.update(N)
-        if step % log_every == 0 or step + N > args.total_timesteps:
+        if step % log_every < N or step + N > args.total_timesteps:
             run.log(step, mean_metrics(history) | dict(epsilon=agent.epsilon))
             history.clear()
 
@@ -643,7 +643,7 @@ class Run:
             raise Refusal(f"{self.dir} has {self.step} steps already, more than total_timesteps")
         planned = before.get("total_timesteps")
         if now["total_timesteps"] != planned:
-            print(f"what was to fall until step {planned} now falls until step {now['total_timesteps']}")
+            print(f"planned for {planned} steps, now for {now['total_timesteps']}: schedules, if any, are stretched")
         try:
             for name, part in self.parts.items():
                 state = states[name]

@@ -19,7 +19,8 @@ known: pi_ref exp(r / beta) / Z. So beta log(pi / pi_ref) is its reward, up to a
     python algos/dpo.py --env-id reviews --model gpt2 --preferences pairs.jsonl
 
 Only differences count: the log-probabilities of chosen and rejected texts may both fall, and texts that are in no pair
-gain. So watch chosen_log_prob in the log. A step is a token of a response; the default is one pass over the pairs.
+gain. So watch chosen_log_prob in the log. A step is a token of a response; the default is one pass over the pairs. Of
+pairs of your own nobody knows the true reward, and 0 is shown.
 
 Not in the paper: a small transformer, Adam in place of RMSprop, a step size that falls to 0 without a warm-up, and
 a few responses for each line of the log, from which nothing is learned.
@@ -76,7 +77,7 @@ class Args:
     compile: bool = False  # compile the gradient steps
 
     model: str = "tiny"  # tiny, the transformer below, or the name or directory of a Hugging Face model
-    prompts: str = ""  # your prompts: a text file with one per line, or a Hugging Face data set; if empty, the task's
+    prompts: str = ""  # your prompts: lines of a text file, JSON lines or a data set; if empty, the task's
     max_prompt_tokens: int = 16  # longer prompts are cut
     preferences: str = ""  # your pairs: JSON lines or a data set with prompt, chosen, rejected; if empty, the task's
 
@@ -391,8 +392,9 @@ class Reviews:
     def __init__(self, args: Args) -> None:
         if args.env_id != "reviews":
             raise Refusal(f"there is no task {args.env_id}: there is reviews")
-        self.own_prompts = read_texts(args.prompts, ["prompt", "query", "text"])
         self.own_pairs = read_pairs(args.preferences)
+        self.own_prompts = read_texts(args.prompts, ["prompt", "query", "text"])
+        self.own_prompts = self.own_prompts or [pair["prompt"] for pair in self.own_pairs]
         nouns = "food room view pool staff bar breakfast bed music garden wine soup coffee waiter service location"
         self.nouns = nouns.split()
         good = dict(good=1, nice=1, clean=1, kind=1, fresh=1, warm=1, lovely=2, great=2, superb=3, wonderful=3)
@@ -516,7 +518,7 @@ def supervised_loss(model: LanguageModel, tokens: Tensor, real: Tensor, args: Ar
 
 def learn_to_write(model: LanguageModel, tokenizer: object, task: object, run: "Run", args: Args) -> dict:
     """Fit the model to demonstrations of the task, unless it has learned to write elsewhere; the last losses' mean."""
-    if args.sft_steps == 0 or (args.prompts and args.model != "tiny"):
+    if args.sft_steps == 0 or (task.own_prompts and args.model != "tiny"):
         return {}
     device = next(model.parameters()).device
     demonstrations = task.demonstrations(args.num_demonstrations)
@@ -980,7 +982,7 @@ class Run:
             raise Refusal(f"{self.dir} has {self.step} steps already, more than total_timesteps")
         planned = before.get("total_timesteps")
         if now["total_timesteps"] != planned:
-            print(f"what was to fall until step {planned} now falls until step {now['total_timesteps']}")
+            print(f"planned for {planned} steps, now for {now['total_timesteps']}: schedules, if any, are stretched")
         try:
             for name, part in self.parts.items():
                 state = states[name]

@@ -11,13 +11,13 @@ a checker that of the reward model.
     max E[sum_it w_it min(rho_it A_i, clip(rho_it, 1 - eps_low, 1 + eps_high) A_i)]    with  A_i = r_i - mean(r)
 
 A group is G responses to one prompt, with rewards r. All tokens t of response i share its advantage A_i, and rho_it is
-the token's ratio pi / pi_old. With one pass over each batch, the default, pi still is pi_old: the ratio is 1, the clip
-is idle, and the gradient is that of REINFORCE with a baseline. From --update-epochs 2 on, ratio and clip matter.
+the token's ratio pi / pi_old. With one gradient step on each batch, the default, pi still is pi_old: the ratio is 1,
+the clip is idle, and the gradient is that of REINFORCE with a baseline. With more epochs or minibatches they matter.
 
     python algos/grpo.py --env-id countdown    # 0.43 of the problems after 400,000 tokens, from 0.16
     python algos/grpo.py --env-id countdown --scale-rewards --loss-norm sequence --kl-coef 0.04    # as in the paper
-    python algos/grpo.py --env-id countdown --model Qwen/Qwen2.5-0.5B --prompts problems.jsonl \\
-        --reward-function my_checks:right
+    PYTHONPATH=. python algos/grpo.py --env-id countdown --model Qwen/Qwen2.5-0.5B --prompts problems.jsonl \\
+        --reward-function my_checks:right    # the function right in my_checks.py
 
 The paper divides A_i by the deviation of r, and averages over each response first: w_it = 1 / (G |y_i|). Liu et al.
 2025, arXiv:2503.20783, find both biased: to problems that are nearly always or never solved, and to long wrong
@@ -76,7 +76,7 @@ class Args:
     kl_coef: float = 0.0  # beta, weight of the KL to the reference
     update_epochs: int = 1  # K, passes over each batch
     num_minibatches: int = 1  # minibatches per pass
-    loss_norm: Literal["token", "sequence", "constant"] = "token"  # what weighs as much as any other; constant: 1/(N T)
+    loss_norm: Literal["token", "sequence", "constant"] = "token"  # what has equal weight; constant: tokens, 1/(N T)
     learning_rate: float = 3e-4  # step size of the last phase
     anneal_lr: bool = True  # let the step size fall linearly to 0
     clip_low: float = 0.2  # eps_low, how far below 1 the probability ratio counts
@@ -87,9 +87,9 @@ class Args:
     compile: bool = False  # compile the gradient steps
 
     model: str = "tiny"  # tiny, the transformer below, or the name or directory of a Hugging Face model
-    prompts: str = ""  # your prompts: a text file with one per line, or a Hugging Face data set; if empty, the task's
+    prompts: str = ""  # your prompts: lines of a text file, JSON lines or a data set; if empty, the task's
     max_prompt_tokens: int = 16  # longer prompts are cut
-    reward_function: str = ""  # in place of the check: module:function, which gets a list of texts and returns rewards
+    reward_function: str = ""  # in place of the check: module:function on PYTHONPATH, from a list of texts to rewards
 
     seed: int = 1  # of weights, texts and minibatches
     device: str = "auto"  # cpu, cuda, cuda:1, mps or auto: a GPU if there is one, else the CPU
@@ -466,7 +466,7 @@ def supervised_loss(model: LanguageModel, tokens: Tensor, real: Tensor, args: Ar
 
 def learn_to_write(model: LanguageModel, tokenizer: object, task: object, run: "Run", args: Args) -> dict:
     """Fit the model to demonstrations of the task, unless it has learned to write elsewhere; the last losses' mean."""
-    if args.sft_steps == 0 or (args.prompts and args.model != "tiny"):
+    if args.sft_steps == 0 or (task.own_prompts and args.model != "tiny"):
         return {}
     device = next(model.parameters()).device
     demonstrations = task.demonstrations(args.num_demonstrations)
@@ -885,7 +885,7 @@ class Run:
             raise Refusal(f"{self.dir} has {self.step} steps already, more than total_timesteps")
         planned = before.get("total_timesteps")
         if now["total_timesteps"] != planned:
-            print(f"what was to fall until step {planned} now falls until step {now['total_timesteps']}")
+            print(f"planned for {planned} steps, now for {now['total_timesteps']}: schedules, if any, are stretched")
         try:
             for name, part in self.parts.items():
                 state = states[name]

@@ -59,7 +59,7 @@ from tqdm import tqdm
 class Args:
     env_id: str = "CartPole-v1"  # Gymnasium id, also ALE/*, MinAtar/* or module:YourEnv-v0; decides other defaults
     total_timesteps: int = 200_000  # environment steps to train for
-    num_samplers: int = 2  # W, processes that act, max_lag + 1 of them at a time; with 0 this one does, without Ray
+    num_samplers: int = 2  # W, processes that act, at most max_lag + 1 at a time; with 0 this one does, without Ray
     max_lag: int = 2  # updates that mu may be behind pi when its batch is learned from; 0 waits for each update
     address: str = ""  # Ray cluster, host:port or auto; if empty, this machine alone
     num_envs: int = 8  # N, environments side by side
@@ -162,11 +162,11 @@ def vtrace(rewards: Tensor, values: Tensor, log_ratio: Tensor, terminated: Tenso
     errors = rewards + args.gamma * values[1:] * ~terminated - values[:-1]
     deltas = (rhos * errors).numpy(force=True)  # in numpy the loop runs 40 times as fast
     decays = (args.gamma * ratios.clamp(max=args.c_bar) * ~done).numpy(force=True)
-    corrections = np.zeros(values.shape, deltas.dtype)  # v_s - V(x_s); 0 behind the last step
+    corrections = np.zeros(values.shape, deltas.dtype)  # v_s - V(x_s); 0 after the last step
     for s in reversed(range(len(deltas))):
         corrections[s] = deltas[s] + decays[s] * corrections[s + 1]  # Remark 1
     corrections = torch.from_numpy(corrections).to(values.device)
-    advantages = errors + args.gamma * corrections[1:] * ~done  # behind an end, v is V
+    advantages = errors + args.gamma * corrections[1:] * ~done  # after an end, v is V
     return values[:-1] + corrections[:-1], advantages, rhos
 
 
@@ -188,7 +188,7 @@ def collect(all_weights: Iterator[dict[str, Tensor]], number: int, agent: Agent,
     envs = make_envs(args.env_id, args.num_envs, args.env_kwargs)
     to_env = action_map(envs.single_action_space)
     N = args.num_envs
-    obs, _ = envs.reset(seed=env_seed(args.seed, number * N))
+    obs, _ = envs.reset(seed=env_seed(args.seed, number * N % 500_000))
     done = np.zeros(N, bool)
     score = np.zeros(N)  # return so far of the running episodes
     discounted = np.zeros(N)  # the same, discounted, of the rewards that are learned from
@@ -771,7 +771,7 @@ class Run:
             raise Refusal(f"{self.dir} has {self.step} steps already, more than total_timesteps")
         planned = before.get("total_timesteps")
         if now["total_timesteps"] != planned:
-            print(f"what was to fall until step {planned} now falls until step {now['total_timesteps']}")
+            print(f"planned for {planned} steps, now for {now['total_timesteps']}: schedules, if any, are stretched")
         try:
             for name, part in self.parts.items():
                 state = states[name]

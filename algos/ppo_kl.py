@@ -170,10 +170,10 @@ def ppo_loss(agent: Agent, old_agent: Agent, batch: dict[str, Tensor], args: Arg
     old_policy, _ = old_agent(batch["obs"])  # old_agent is frozen: no gradient goes there
     ratio = (policy.log_prob(batch["actions"]) - old_policy.log_prob(batch["actions"])).exp()
     policy_loss = -(ratio * batch["advantages"]).mean()
-    penalty = agent.beta * mean_kl(old_policy, policy)  # eq. 8
+    penalty = agent.beta * mean_kl(old_policy, policy)  # PPO eq. 8
     value_loss = F.mse_loss(values, batch["returns"])
     entropy = policy.entropy().mean()
-    loss = policy_loss + penalty + args.vf_coef * value_loss - args.ent_coef * entropy  # as in eq. 9
+    loss = policy_loss + penalty + args.vf_coef * value_loss - args.ent_coef * entropy  # as in PPO eq. 9
     metrics = dict(policy_loss=policy_loss.detach(), value_loss=value_loss.detach(), entropy=entropy.detach())
     return loss, metrics
 
@@ -199,12 +199,14 @@ def train(args: Args) -> dict:
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
     ppo_gradients = gradients_of(ppo_loss, agent.parameters(), args, max_norm=args.max_grad_norm)
     run = Run(args, agent=agent, optimizer=optimizer)
+    if args.kl == "fixed":
+        agent.beta.fill_(args.beta)  # that of the checkpoint may be another
 
     N = args.num_envs
     T = args.num_steps
     num_iterations = args.total_timesteps // (N * T)
     first_iteration = run.step // (N * T)
-    obs, _ = envs.reset(seed=env_seed(args.seed, first_iteration * N))
+    obs, _ = envs.reset(seed=env_seed(args.seed, first_iteration * N % 500_000))
     policy, _ = agent(to_tensor(obs, device))
     mean_kl(policy, policy)  # PyTorch looks up the formula at the first call, which must not be a compiled one
     done = np.zeros(N, bool)
@@ -773,7 +775,7 @@ class Run:
             raise Refusal(f"{self.dir} has {self.step} steps already, more than total_timesteps")
         planned = before.get("total_timesteps")
         if now["total_timesteps"] != planned:
-            print(f"what was to fall until step {planned} now falls until step {now['total_timesteps']}")
+            print(f"planned for {planned} steps, now for {now['total_timesteps']}: schedules, if any, are stretched")
         try:
             for name, part in self.parts.items():
                 state = states[name]

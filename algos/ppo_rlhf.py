@@ -6,7 +6,7 @@
 """PPO-RLHF: reinforcement learning from human feedback, with four models.
 
 Ziegler et al. 2019, arXiv:1909.08593; Stiennon et al. 2020, arXiv:2009.01325; Ouyang et al. 2022, arXiv:2203.02155.
-Child of ppo_clip.py: tokens are actions, the text so far is the state, and a model of people's choices pays the end.
+Child of ppo_clip.py: tokens are actions, the text so far is the state, and a model of people's choices rewards the end.
 
     max E[r(x, y) - beta log(pi(y|x) / pi_ref(y|x))]    with  P(y > y') = sigmoid(r(x, y) - r(x, y'))
 
@@ -87,10 +87,10 @@ class Args:
     compile: bool = False  # compile the gradient steps
 
     model: str = "tiny"  # tiny, the transformer below, or the name or directory of a Hugging Face model
-    prompts: str = ""  # your prompts: a text file with one per line, or a Hugging Face data set; if empty, the task's
+    prompts: str = ""  # your prompts: lines of a text file, JSON lines or a data set; if empty, the task's
     max_prompt_tokens: int = 16  # longer prompts are cut
     preferences: str = ""  # your pairs: JSON lines or a data set with prompt, chosen, rejected; if empty, the task's
-    reward_model: str = ""  # in place of r: the name or directory of a Hugging Face classifier, or module:function
+    reward_model: str = ""  # in place of r: a Hugging Face classifier, or module:function on PYTHONPATH
 
     seed: int = 1  # of weights, texts and minibatches
     device: str = "auto"  # cpu, cuda, cuda:1, mps or auto: a GPU if there is one, else the CPU
@@ -236,7 +236,7 @@ def policy_loss(
     log_ratio = policy.log_prob(batch["tokens"][:, -T:]) - batch["log_probs"]
     ratio = log_ratio.exp()
     clipped_ratio = ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
-    loss = mean(-torch.min(ratio * advantages, clipped_ratio * advantages))  # eq. 7
+    loss = mean(-torch.min(ratio * advantages, clipped_ratio * advantages))  # PPO eq. 7
 
     metrics = dict(
         policy_loss=loss.detach(),
@@ -570,8 +570,9 @@ class Reviews:
     def __init__(self, args: Args) -> None:
         if args.env_id != "reviews":
             raise Refusal(f"there is no task {args.env_id}: there is reviews")
-        self.own_prompts = read_texts(args.prompts, ["prompt", "query", "text"])
         self.own_pairs = read_pairs(args.preferences)
+        self.own_prompts = read_texts(args.prompts, ["prompt", "query", "text"])
+        self.own_prompts = self.own_prompts or [pair["prompt"] for pair in self.own_pairs]
         nouns = "food room view pool staff bar breakfast bed music garden wine soup coffee waiter service location"
         self.nouns = nouns.split()
         good = dict(good=1, nice=1, clean=1, kind=1, fresh=1, warm=1, lovely=2, great=2, superb=3, wonderful=3)
@@ -695,7 +696,7 @@ def supervised_loss(model: LanguageModel, tokens: Tensor, real: Tensor, args: Ar
 
 def learn_to_write(model: LanguageModel, tokenizer: object, task: object, run: "Run", args: Args) -> dict:
     """Fit the model to demonstrations of the task, unless it has learned to write elsewhere; the last losses' mean."""
-    if args.sft_steps == 0 or (args.prompts and args.model != "tiny"):
+    if args.sft_steps == 0 or (task.own_prompts and args.model != "tiny"):
         return {}
     device = next(model.parameters()).device
     demonstrations = task.demonstrations(args.num_demonstrations)
@@ -1159,7 +1160,7 @@ class Run:
             raise Refusal(f"{self.dir} has {self.step} steps already, more than total_timesteps")
         planned = before.get("total_timesteps")
         if now["total_timesteps"] != planned:
-            print(f"what was to fall until step {planned} now falls until step {now['total_timesteps']}")
+            print(f"planned for {planned} steps, now for {now['total_timesteps']}: schedules, if any, are stretched")
         try:
             for name, part in self.parts.items():
                 state = states[name]

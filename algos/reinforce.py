@@ -16,10 +16,11 @@ c1 E[(V - G)^2]; with --baseline mean it is the mean of the other episodes, with
 
     python algos/reinforce.py --env-id CartPole-v1    # 500 after 200,000 steps
 
-Not in the book: the gradient is divided by the number of steps and by the root mean square of G - b; both change its
-length alone. There is no gamma^t before G_t, rewards and (on MuJoCo) observations are normalised, gradients are
-clipped, layers start orthogonal, and actions in [-1, 1] are scaled to the bounds of the environment. An episode that is
-cut, by a time limit, --horizon or the end of the budget, goes on with V(s_T) if V is learned, and else just ends.
+Not in the book: the gradient is divided by the number of steps, which changes its length alone, and G - b by its root
+mean square, to which c2 then is relative. There is no gamma^t before G_t, rewards and (on MuJoCo) observations are
+normalised, gradients are clipped, layers start orthogonal, and actions in [-1, 1] are scaled to the bounds of the
+environment. An episode that is cut, by a time limit, --horizon or the end of the budget, goes on with V(s_T) if V is
+learned, and else just ends.
 
 Read to the end of train(); what follows the ruler is the same in every script.
 """
@@ -155,7 +156,7 @@ def compute_returns(rewards: Tensor, values: Tensor, terminated: Tensor, done: T
     rewards = rewards.numpy(force=True)  # in numpy the loop runs 40 times as fast
     decays = decays.numpy(force=True)
     returns = np.zeros_like(rewards)
-    G = values[-1].numpy(force=True)  # and so does one that still runs
+    G = values[-1].numpy(force=True)  # an episode that still runs goes on with V, too
     for t in reversed(range(len(rewards))):
         G = rewards[t] + decays[t] * G  # Sutton & Barto eq. 3.9
         returns[t] = G
@@ -738,7 +739,7 @@ class Run:
             raise Refusal(f"{self.dir} has {self.step} steps already, more than total_timesteps")
         planned = before.get("total_timesteps")
         if now["total_timesteps"] != planned:
-            print(f"what was to fall until step {planned} now falls until step {now['total_timesteps']}")
+            print(f"planned for {planned} steps, now for {now['total_timesteps']}: schedules, if any, are stretched")
         try:
             for name, part in self.parts.items():
                 state = states[name]

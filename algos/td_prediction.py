@@ -181,7 +181,7 @@ def train(args: Args) -> dict:
     run = Run(args, agent=agent, optimizer=optimizer)
 
     log_every = max(args.log_every // N, 1) * N
-    obs, _ = envs.reset(seed=env_seed(args.seed, run.step // log_every * N))
+    obs, _ = envs.reset(seed=env_seed(args.seed, run.step // log_every * N % 500_000))
     done = np.zeros(N, bool)
     score = np.zeros(N)  # return so far of the running episodes
     states = [[] for _ in range(N)]  # of the running episodes
@@ -221,7 +221,7 @@ def train(args: Args) -> dict:
             history.append(metrics)
 
         run.bar.update(N)
-        if step % log_every == 0 or step + N > args.total_timesteps:
+        if step % log_every < N or step + N > args.total_timesteps:
             run.log(step, mean_metrics(history) | known_rmse(agent, args))
             history.clear()
 
@@ -534,8 +534,9 @@ def load_agent(folder: str, obs_space: Space, action_space: Space, device: torch
         raise Refusal(f"{folder} holds a run of {algo}, but there is no script {path}")
     spec = importlib.util.spec_from_file_location(algo, path)
     script = importlib.util.module_from_spec(spec)
+    sys.modules[algo] = script  # where dataclasses look up their annotations
     spec.loader.exec_module(script)
-    if not hasattr(script.Agent, "act"):
+    if not hasattr(getattr(script, "Agent", None), "act"):
         raise Refusal(f"{folder} holds a run of {algo}, which learns no policy")
 
     try:
@@ -714,7 +715,7 @@ class Run:
             raise Refusal(f"{self.dir} has {self.step} steps already, more than total_timesteps")
         planned = before.get("total_timesteps")
         if now["total_timesteps"] != planned:
-            print(f"what was to fall until step {planned} now falls until step {now['total_timesteps']}")
+            print(f"planned for {planned} steps, now for {now['total_timesteps']}: schedules, if any, are stretched")
         try:
             for name, part in self.parts.items():
                 state = states[name]

@@ -122,7 +122,8 @@ class Check:
         kept = report.read_baselines(self.baselines, self.suite)
         rows = check.read_rows(cells, kept, report.read_random_returns(self.baselines))
         if not rows:
-            raise ValueError(f"{self.baselines} has no baseline for these rows; benchmark run and report make them")
+            needed = f"{check.BASELINE} seeds and the score of a random or untrained policy"
+            raise ValueError(f"{self.baselines} has no baseline for these rows, which is {needed}")
         if self.simulate:
             text, good = check.error_rates(rows, self.simulate)
             print(text)

@@ -42,7 +42,7 @@ class Row(NamedTuple):
 
     cell: Cell  # of no seed
     scores: np.ndarray  # of the baseline's seeds
-    random: float  # score of a random policy
+    random: float  # score of a random policy or, of a language model, of the untrained one
     seeds: tuple[int, int]  # to train in the stages
 
 
@@ -77,14 +77,17 @@ def seed_count(least: int, level: float, baseline: np.ndarray, random: float) ->
 
 
 def read_rows(cells: list[Cell], kept: dict[tuple[str, str, int], list[dict]], random: dict[str, float]) -> list[Row]:
-    """The rows of the cells that have a baseline."""
+    """The rows of the cells that have a baseline and, of a policy that is random or untrained, a score."""
     rows = []
     for cell in cells:
-        scores = np.array([run["eval_mean"] for run in kept.get(cell.row, [])])
-        if len(scores) >= BASELINE and cell.env_id in random:
+        runs = kept.get(cell.row, [])
+        scores = np.array([run["eval_mean"] for run in runs])
+        untrained = [run["numbers"]["eval_before"] for run in runs if "eval_before" in run.get("numbers", {})]
+        floor = np.mean(untrained) if untrained else random.get(cell.env_id)
+        if len(scores) >= BASELINE and floor is not None:
             levels = (SUSPECT, RED / len(cells))  # the second even if all rows reach it
-            seeds = [seed_count(n, level, scores, random[cell.env_id]) for n, level in zip(SEEDS, levels)]
-            rows.append(Row(cell, scores, random[cell.env_id], tuple(seeds)))
+            seeds = [seed_count(n, level, scores, floor) for n, level in zip(SEEDS, levels)]
+            rows.append(Row(cell, scores, floor, tuple(seeds)))
     return rows
 
 
@@ -164,8 +167,8 @@ def outcome(run_dir: Path) -> tuple[list[float], str]:
 def changed_since(base: str, cells: list[Cell], run: Run, out: Path, algos: Path) -> list[bool]:
     """Whether the script of each cell, run for NEUTRAL_STEPS steps, ends otherwise than that of revision `base` does.
 
-    Equal texts need no run, and with other packages than at `base` a script counts as changed. What only longer runs
-    do, such as compiling the gradient step, is not compared.
+    Equal texts need no run, and with other packages than at `base`, or if it refuses so few steps, a script counts as
+    changed. What only longer runs do, such as compiling the gradient step, is not compared.
     """
 
     def git(*words: str) -> bytes | None:
@@ -225,7 +228,7 @@ def compare(rows: list[Row], run: Run, out: Path, algos: Path) -> list[list[str]
             lines[-1] += ["", "", "", "failed"]
             continue
         difference = (scores.mean() - baseline.mean()) / abs(np.median(baseline) - random)
-        p_decisive = second if np.isfinite(second) else first
+        p_decisive = min(second, 1) if np.isfinite(second) else first
         lines[-1] += [f"{scores.mean():.1f} ({len(scores)})", f"{difference:+.1%}", f"{p_decisive:.2g}"]
         lines[-1].append("WORSE" if second <= RED else "ok")
     return lines

@@ -72,7 +72,7 @@ seed gives the same numbers to the last bit if the run is not interrupted, excep
 each other. Elsewhere the last bits differ and after them whole runs, but not what many seeds have in common.
 
 Script is the beginning of the hash of the script's text: `git cat-file -p HASH` prints it, and
-`git log --find-object HASH` names the commit that brought it.
+`git log --find-object HASH` names the commit that brought it. A run that was begun with another text has none.
 """
 
 MEASURES = {  # by suite: title, what is said of the numbers beside the score, and the picture if there is one

@@ -159,6 +159,14 @@ def write_origin(run_dir: Path, script: str | None) -> None:
     replace_text(run_dir / "origin.json", json.dumps(dict(script=script, versions=versions), indent=1))
 
 
+def noted_script(run_dir: Path) -> str | None:
+    """The hash of the script in origin.json, if that can be read."""
+    try:
+        return read_object(run_dir / "origin.json").get("script")
+    except (OSError, ValueError):
+        return None
+
+
 def progress(run_dir: Path) -> tuple[int, float | None]:
     """The global step and the last episodic return, if there is one, at the end of metrics.jsonl."""
     try:
@@ -180,14 +188,14 @@ def progress(run_dir: Path) -> tuple[int, float | None]:
 def command(cell: Cell, run_dir: Path, algos: Path) -> list[str]:
     """The command line that starts the cell or, if there is a checkpoint, continues it."""
     words = [sys.executable, str(algos / f"{cell.algo}.py")]
-    if cell.algo in TORCHRUN:
-        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(TORCHRUN[cell.algo])]
-        words[1:1] = torchrun
+    algo = cell.algo.split("-")[0]  # `check` adds a hash to the name
+    if algo in TORCHRUN:
+        words[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(TORCHRUN[algo])]
     if (run_dir / "checkpoint.pt").exists():
         return [*words, "--resume", str(run_dir)]
     words += ["--env-id", cell.env_id, "--seed", str(cell.seed), "--total-timesteps", str(cell.steps)]
     words += ["--run-dir", str(run_dir), "--torch-threads", "1"]  # processes side by side beat threads
-    if cell.algo in OFF_POLICY and cell.steps >= 1_000_000:  # an interrupted run goes on where it was
+    if algo in OFF_POLICY and cell.steps >= 1_000_000:  # an interrupted run goes on where it was
         words += ["--save-buffer", "--checkpoint-every", "100000"]
     return words + shlex.split(cell.flags)
 
@@ -249,7 +257,10 @@ class Local:
         """Start a cell or, if there is a checkpoint, continue it; `log` is that from `own`."""
         run_dir = self.out / cell.name
         with log:
-            write_origin(run_dir, text_hash(self.algos / f"{cell.algo}.py"))
+            script = text_hash(self.algos / f"{cell.algo}.py")
+            if (run_dir / "checkpoint.pt").exists() and noted_script(run_dir) != script:
+                script = None  # more than one text has made the run
+            write_origin(run_dir, script)
             self.running[cell] = spawn(cell, run_dir, self.algos, log)
 
     def ended(self) -> dict[Cell, int]:

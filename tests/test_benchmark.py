@@ -167,15 +167,17 @@ def test_seeds_and_cells(monkeypatch):
     assert command(suite_cells("toy")[0], Path("d"), Path("algos"))[:2] == [sys.executable, str(Path("algos/a.py"))]
 
 
-def test_scripts_of_several_processes_are_started_by_torchrun():
-    words = command(Cell("ddppo", "X-v0", 10, 1), Path("d"), Path("algos"))
+@pytest.mark.parametrize("algo", ["ddppo", "ddppo-2a6e91d69b"], ids=["script", "copy for check"])
+def test_scripts_of_several_processes_are_started_by_torchrun(algo):
+    words = command(Cell(algo, "X-v0", 10, 1), Path("d"), Path("algos"))
     assert words[:3] == [sys.executable, "-m", "torch.distributed.run"]
     assert words[words.index("--nproc-per-node") + 1] == "2"
-    assert words.index(str(Path("algos/ddppo.py"))) == words.index("--nproc-per-node") + 2
+    assert words.index(str(Path(f"algos/{algo}.py"))) == words.index("--nproc-per-node") + 2
 
 
 def test_runs_of_hours_keep_their_replay_buffer():
-    for algo, steps, kept in (("sac", 1_000_000, True), ("sac", 100_000, False), ("ppo_clip", 1_000_000, False)):
+    long = [("sac", 1_000_000, True), ("sac-2a6e91d69b", 1_000_000, True)]
+    for algo, steps, kept in [*long, ("sac", 100_000, False), ("ppo_clip", 1_000_000, False)]:
         words = command(Cell(algo, "X-v0", steps, 1), Path("d"), Path("algos"))
         assert ("--save-buffer" in words) == ("--checkpoint-every" in words) == kept
 
@@ -316,10 +318,15 @@ def test_where_a_run_comes_from_is_kept(bench, tmp_path):
     origin = json.loads((tmp_path / "runs" / "fake__Toy-Env-v0__1000__1" / "origin.json").read_text())
     assert origin["versions"]["tyro"] == importlib.metadata.version("tyro")
     (tmp_path / "runs" / "fake__Toy-Env-v0__1000__2" / "origin.json").unlink()  # as of a run started by hand
+    for seed in "13":  # as of runs that were interrupted, and go on with the text of seed 3
+        folder = tmp_path / "runs" / f"fake__Toy-Env-v0__1000__{seed}"
+        (folder / "result.json").unlink()
+        (folder / "checkpoint.pt").touch()
+    bench("run", "--suite", "toy", "--env", "Toy/Env-v0", "--seeds", "1,3")
     assert bench("report") == 0
     path = tmp_path / "benchmark" / "baselines" / "fake__Toy-Env-v0__1000.json"
     runs = json.loads(path.read_text())["seeds"]
-    assert [run["script"] for run in runs] == [texts[0], None, texts[1]]
+    assert [run["script"] for run in runs] == [None, None, texts[1]]
     torch = importlib.metadata.version("torch")
     assert [run["versions"].get("torch") for run in runs] == [torch, None, torch]
     assert "tyro" not in runs[0]["versions"], "only what the results depend on"

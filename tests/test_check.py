@@ -89,6 +89,25 @@ def test_as_many_seeds_as_can_show_something():
     assert (check.holm(p) <= check.RED).all(), "all rows at once have to be able to turn red"
 
 
+def test_the_floor_of_a_language_model_is_its_score_before_training():
+    """No random policy plays there; and a suite of such rows has a baseline."""
+    kept = report.read_baselines(ROOT / "benchmark" / "baselines", "language")
+    rows = {row.cell.row: row for row in check.read_rows(suite_cells("language", seeds="0"), kept, {})}
+    assert rows.keys() == kept.keys()
+    for name, runs in kept.items():
+        before = [run["numbers"]["eval_before"] for run in runs]
+        assert min(before) <= rows[name].random <= max(before)
+        assert rows[name].random == pytest.approx(sum(before) / len(runs))
+
+
+def test_p_values_are_at_most_1(monkeypatch, tmp_path):
+    """Of three suspects none is WORSE; Holm's factors alone would print 3."""
+    rows = [check.Row(Cell(name, "E-v0", 1, 0), np.full(10, 9.0), 0.0, (1, 1)) for name in "abc"]
+    scores = iter([[np.zeros(1)] * 3, [np.full(1, 9.0)] * 3])
+    monkeypatch.setattr(check, "train", lambda *_: next(scores))
+    assert [line[-2:] for line in check.compare(rows, None, tmp_path, tmp_path)] == [["1", "ok"]] * 3
+
+
 def test_simulation_matches_all_draws(monkeypatch):
     """Two rows of three seeds: every baseline, every fresh seed of both stages, by another Fisher and Holm."""
     monkeypatch.setattr(check, "SUSPECT", 0.6)

@@ -513,7 +513,7 @@ def test_demonstrators_without_a_run(module):
 
 
 @each_imitation
-@pytest.mark.parametrize("name", ["ppo_clip", "dqn", "td3"])
+@pytest.mark.parametrize("name", ["ppo_clip", "dqn", "td3", "a3c"])
 def test_a_run_as_demonstrator(module, name, tmp_path):
     """Its greedy actions as the environment takes them, then those of the clone come near."""
     teacher = script(name)

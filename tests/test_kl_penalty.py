@@ -184,7 +184,7 @@ def test_first_gradient_is_the_policy_gradient(module, space):
     torch.testing.assert_close(gradient(loss, agent.parameters()), expected, atol=1e-8, rtol=1e-6)
 
 
-BETA_PENALTY = "agent.beta * mean_kl(old_policy, policy)  # eq. 8"
+BETA_PENALTY = "agent.beta * mean_kl(old_policy, policy)  # PPO eq. 8"
 PENALTY = "agent.multiplier * (mean_kl(old_policy, policy) - args.target_kl)"
 RATIO = '(policy.log_prob(batch["actions"]) - old_policy.log_prob(batch["actions"])).exp()'
 POLICY_LOSS = '-(ratio * batch["advantages"]).mean()'
@@ -386,6 +386,19 @@ def test_fixed_beta_never_moves(module, tmp_path):
 @bugs(("ppo_kl", 'if args.kl == "adaptive":', "if True:"))
 def test_a_fixed_beta_that_moves_is_seen(request, name, old, new):
     fails_with_a_bug(request, test_fixed_beta_never_moves, name, old, new)
+
+
+def test_a_new_fixed_beta_counts_in_a_resumed_run(tmp_path):
+    """The beta of the checkpoint in place of the one on the command line, which config.json then tells of."""
+    ppo_kl.train(make_args(ppo_kl, tmp_path, **PLAIN, kl="fixed", beta=1.0))
+    more = ["--total-timesteps", str(2 * N * T * ITERATIONS), "--beta", "3"]
+    ppo_kl.train(ppo_kl.parse_args(["--resume", str(tmp_path / "run"), *more]))
+    assert [line["beta"] for line in lines(tmp_path)] == [1.0] * ITERATIONS + [3.0] * ITERATIONS
+
+
+@bugs(("ppo_kl", "agent.beta.fill_(args.beta)", "pass"))
+def test_a_fixed_beta_of_the_checkpoint_is_seen(request, name, old, new):
+    fails_with_a_bug(request, test_a_new_fixed_beta_counts_in_a_resumed_run, name, old, new)
 
 
 class Death(BaseException):

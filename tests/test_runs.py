@@ -643,7 +643,7 @@ def test_resuming_with_more_steps_trains_on(copy, finished, capsys):
     assert (again["total_timesteps"], again["trained_steps"]) == (512, 512)
     assert again == result(folder)
     assert config(folder)["total_timesteps"] == checkpoint(folder)["args"]["total_timesteps"] == 512
-    assert "what was to fall until step 256 now falls until step 512" in capsys.readouterr().out
+    assert "planned for 256 steps, now for 512: schedules, if any, are" in capsys.readouterr().out
     assert metrics(folder)[: len(before)] == before
     assert_schedule(module, steps(folder), 512)
     assert not equal(parameters(folder), parameters(finished[1]))
@@ -651,7 +651,7 @@ def test_resuming_with_more_steps_trains_on(copy, finished, capsys):
     times = [row["wall_time"] for row in metrics(folder)]
     assert times == sorted(times), "the clock goes on, too"
     assert resume(module, folder) == again
-    assert "now falls" not in capsys.readouterr().out
+    assert "planned for" not in capsys.readouterr().out
 
 
 def assert_schedule(module, taken: list[int], end: int) -> None:
@@ -715,6 +715,40 @@ def test_schedules_go_on_in_a_resumed_run(module, tmp_path, monkeypatch):
     starts = [0, *steps(tmp_path / "run")[:-1]]
     assert list(dict.fromkeys(rates)) == pytest.approx([0.01 * (1 - step / 256) for step in starts])
     assert last > rates[-1]
+
+
+@each([module for module in MODULES if hasattr(module.Args, "log_every")])
+def test_the_log_goes_on_when_steps_come_in_other_numbers(module, tmp_path):
+    """The steps of a resumed run are no multiples of the new number of environments or batch size: no line ever."""
+    flag = "batch-size" if is_imitation(module) else "num-envs"
+    folder = tmp_path / "run"
+    module.train(module.parse_args(line(module, f"--{flag}", 4, run_dir=folder)))
+    resume(module, folder, f"--{flag}", 3, "--total-timesteps", 1000)
+    taken = [step for step in steps(folder) if step > 256]
+    assert len(taken) == pytest.approx((1000 - 256) / 64, abs=2)
+    assert max(b - a for a, b in zip(taken, taken[1:])) <= 64 + 3
+
+
+@each([module for module in MODULES if acts(module) and not is_imitation(module)])
+def test_episodes_of_a_long_run_that_is_resumed(module, tmp_path, monkeypatch):
+    """Half a million lines of the log later, those of the evaluation or of the next seed: each run has its own."""
+    folder = finished_run(module, tmp_path / "run")
+    saved = checkpoint(folder)
+    saved["step"] = 3_000_000 * steps(folder)[0]
+    saved["args"]["total_timesteps"] = saved["step"] + 256
+    torch.save(saved, folder / "checkpoint.pt")
+    seeds = []
+    make_envs = module.make_envs
+
+    def make(*args, **kwargs):
+        envs = make_envs(*args, **kwargs)
+        reset = envs.reset
+        envs.reset = lambda seed=None, **rest: (seeds.append(seed), reset(seed=seed, **rest))[1]
+        return envs
+
+    monkeypatch.setattr(module, "make_envs", make)
+    resume(module, folder, "--total-timesteps", saved["step"] + 256)
+    assert 1_000_000 <= seeds[0] < 1_500_000 <= seeds[-1] < 2_000_000
 
 
 @each_module
@@ -1101,6 +1135,9 @@ def test_tracking_offline(module, tmp_path):
         (test_compile_is_a_flag, "td3", "if args.compile and", "if"),
         (test_a_broken_run_goes_on_from_its_checkpoint, "ppo_clip", "self.log_size, self.file", "10**9, self.file"),
         (test_schedules_go_on_in_a_resumed_run, "ppo_clip", "iteration / num", "(iteration - first_iteration) / num"),
+        (test_the_log_goes_on_when_steps_come_in_other_numbers, "td3", "% log_every < N", "% log_every == 0"),
+        (test_the_log_goes_on_when_steps_come_in_other_numbers, "dagger", "% log_every < B", "% log_every == 0"),
+        (test_episodes_of_a_long_run_that_is_resumed, "ppo_clip", " % 500_000", ""),
         (test_a_new_learning_rate_counts_in_a_resumed_run, "td3", "state | dict(param_groups", "state | dict(_"),
         (test_an_evaluation_without_end_is_cut, "ppo_clip", "for _ in range(max_steps)", "for _ in range(99)"),
         (test_an_evaluation_without_end_is_cut, "td3", "eval_cut=int(running.sum())", "eval_cut=0"),

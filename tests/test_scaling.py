@@ -80,5 +80,11 @@ def test_runs_of_another_text_do_not_count(tmp_path, monkeypatch):
     assert [len(found["settings"][key]) for key in ("a 1 x 4", "b 1 x 4")] == [1, 2]
 
 
+def test_what_was_interrupted_is_not_shown(tmp_path):
+    """Settings without the sums, which are measured last, are no section yet."""
+    (tmp_path / "scaling.json").write_text('{"settings": {}, "cpu": "x", "cores": 2}')
+    assert scaling.section(tmp_path) == ""
+
+
 def test_two_processes_add_up():
     assert 1e-6 < scaling.all_reduce_seconds(100) < 1

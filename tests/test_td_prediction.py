@@ -468,7 +468,7 @@ def test_uniform_policies(module):
         module.make_policy(args, OBS, Box(-np.inf, np.inf, (2,)), CPU)
 
 
-OTHERS = [script(name) for name in ("ppo_clip", "dqn", "rainbow", "td3", "sac", "deep_sarsa", "reinforce")]
+OTHERS = [script(name) for name in ("ppo_clip", "a3c", "dqn", "rainbow", "td3", "sac", "deep_sarsa", "reinforce")]
 
 
 @each(OTHERS)
@@ -518,6 +518,8 @@ def test_policies_that_are_refused(module, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | dict(gamma="high")))
     refused("config.json is damaged")
+    (folder / "config.json").write_text(json.dumps(config | dict(algo="ppo_rlhf")))
+    refused("a run of ppo_rlhf, which learns no policy")
     (folder / "config.json").write_text(json.dumps(config | dict(algo="gone")))
     refused("a run of gone, but there is no script")
     (folder / "config.json").write_text("[]")
