@@ -1,7 +1,7 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = ["torch==2.13.0", "numpy==2.2.6", "gymnasium==1.4.0", "tyro==1.0.17", "tqdm==4.70.1",
-#   "filelock==3.20.0", "wandb==0.31.0", "transformers==5.24.0", "datasets==5.2.0"]
+#   "filelock==3.20.0", "wandb==0.31.0", "transformers==5.20.2", "datasets==5.2.0"]
 # ///
 """DPO: direct preference optimization, what RLHF is after as one loss on the pairs.
 

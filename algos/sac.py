@@ -560,8 +560,9 @@ def pick_device(name: str, obs_space: Space) -> torch.device:
 
 
 def speed_up_matmul(device: torch.device) -> None:
-    """Multiply matrices by oneDNN, which is faster on a CPU and as exact; elsewhere, or with AMX, it would be bf16."""
-    if device.type == "cpu" and not torch.cpu.get_capabilities().get("amx_tile", False):
+    """Multiply by oneDNN, which is faster on an x86 CPU and as exact; elsewhere, or with AMX, it would be bf16."""
+    cpu = torch.cpu.get_capabilities()
+    if device.type == "cpu" and cpu.get("architecture") == "x86_64" and not cpu.get("amx_tile", False):
         torch.set_float32_matmul_precision("medium")
 
 

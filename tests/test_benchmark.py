@@ -154,7 +154,16 @@ def test_what_reaches_the_best_published_score(tmp_path):
         ["no", "X-v0", "1", "10.5 [9.00, 12.0]", "20 (p)", "-9.50", "below"],
         ["barely", "X-v0", "1", "19.5 [19.0, 20.0]", "20 (p)", "-0.50", "open"],
     ]
-    assert markdown.published_section(lines[-1:]) == ""
+    assert "single run" not in text
+    for line, single in ((lines[0], "10.1"), (lines[1], "12")):
+        line["reference"]["single_run"] = single
+    text = markdown.published_section(lines)
+    assert "Of 2 of these rows a single run was published" in " ".join(text.split())
+    told = text.split("nobody knows. Below it: 1.")[1].strip().splitlines()[2:]
+    assert [[cell.strip() for cell in row.split("|")[1:-1]] for row in told] == [
+        ["so", "X-v0", "1", "10.5 [9.00, 12.0]", "12.0"]
+    ]
+    assert markdown.published_section(lines[3:4]) == ""
 
 
 def test_seeds_and_cells(monkeypatch):
