@@ -112,6 +112,6 @@ SUITES["ppo_paper"] = [
     (algo, env_id, 1_000_000, "1-3", flags) for env_id in PPO_PAPER_ENVS for _, algo, flags, _ in PPO_PAPER
 ]
 TORCHRUN = {"ddppo": 2}  # how many processes torchrun starts of a script
-OFF_POLICY = {"ddpg", "td3", "sac"}  # a million of their steps takes an hour and more
+OFF_POLICY = {"ddpg", "td3", "sac", "dqn", "noisy_dqn", "qr_dqn", "rainbow"}  # a million of their steps takes an hour
 NO_FLOOR = {"RandomWalk-v0", "reviews", "countdown"}  # where a policy that acts at random has no score
 TABULATED = [suite for suite in SUITES if suite not in ("ci", "ppo_paper")]  # ppo_paper has a table of its own
