@@ -492,15 +492,17 @@ class NoisyLinear(nn.Module):
         self.sigma_bias = nn.Parameter(torch.full((n_out,), sigma))
 
     def draw_noise(self) -> tuple[Tensor, Tensor]:
-        """f(e_in) (n_in,) and f(e_out) (n_out,)."""
+        """The normal numbers e_in (n_in,) and e_out (n_out,)."""
         e_in = torch.randn_like(self.mu.weight[0])
         e_out = torch.randn_like(self.mu.bias)
-        return signed_sqrt(e_in), signed_sqrt(e_out)
+        return e_in, e_out
 
     def forward(self, x: Tensor, noise: tuple[Tensor, Tensor] | None) -> Tensor:
         if noise is None:
             return self.mu(x)
-        f_in, f_out = noise
+        e_in, e_out = noise
+        f_in = signed_sqrt(e_in)
+        f_out = signed_sqrt(e_out)
         weight = self.mu.weight + self.sigma_weight * torch.outer(f_out, f_in)  # eq. 10
         bias = self.mu.bias + self.sigma_bias * f_out  # eq. 11
         return F.linear(x, weight, bias)  # eq. 9

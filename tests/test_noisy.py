@@ -37,7 +37,7 @@ def noisy_layers(module, agent) -> list:
 
 def by_hand(layer, x, noise):
     """The output of a noisy layer for one input, weight by weight."""
-    f_in, f_out = noise
+    f_in, f_out = (e.abs().sqrt().copysign(e) for e in noise)
     outputs = []
     for i in range(len(f_out)):
         y = layer.mu.bias[i] + layer.sigma_bias[i] * f_out[i]
@@ -57,7 +57,7 @@ def q_by_hand(module, agent, x, noise):
 
 def silent(agent):
     """No noise, as noise."""
-    return [(0 * f_in, 0 * f_out) for f_in, f_out in agent.draw_noise()]
+    return [(0 * e_in, 0 * e_out) for e_in, e_out in agent.draw_noise()]
 
 
 # A layer
@@ -65,27 +65,22 @@ def silent(agent):
 
 @each_noisy
 def test_distribution_of_the_noise(module):
-    """Noise that is normal itself, all of one sign, or of another variance; one draw for both ends of the layer."""
+    """Noise that is not normal, all of one sign, or of another variance; one draw for both ends of the layer."""
     layer = module.NoisyLinear(300, 300, 0.5)
     pairs = [layer.draw_noise() for _ in range(400)]
     ends = torch.stack([torch.stack(pair) for pair in pairs])  # (400, 2, 300)
     assert not ends.requires_grad
-    for f in ends.unbind(1):
-        e = f * f.abs()  # the normal numbers
+    for e in ends.unbind(1):
         assert e.mean().item() == pytest.approx(0, abs=0.015)
         assert e.square().mean().item() == pytest.approx(1, abs=0.02)
         assert (e**4).mean().item() == pytest.approx(3, abs=0.2)
-        assert f.mean().item() == pytest.approx(0, abs=0.015)
-        assert f.square().mean().item() == pytest.approx(C, abs=0.01)
+        assert e.abs().mean().item() == pytest.approx(C, abs=0.01)
     assert len(ends.unique()) > 0.98 * ends.numel()
     assert abs((ends[:, 0] * ends[:, 1]).mean()) < 0.015
     assert abs((ends[1:] * ends[:-1]).mean()) < 0.015
 
 
 @bugs(
-    ("noisy_dqn", F_OF, "x"),
-    ("noisy_dqn", F_OF, "x.abs().sqrt()"),
-    ("noisy_dqn", F_OF, "x.sign() * x.square()"),
     ("noisy_dqn", "e_out = torch.randn_like(self.mu.bias)", "e_out = e_in"),
     ("noisy_dqn", "torch.randn_like(self.mu.weight[0])", "torch.rand_like(self.mu.weight[0])"),
     ("noisy_dqn", "torch.randn_like(self.mu.bias)", "torch.randn(1).expand_as(self.mu.bias)"),
@@ -111,6 +106,10 @@ def test_a_layer_by_hand(module):
 
 
 @bugs(
+    ("noisy_dqn", F_OF, "x"),
+    ("noisy_dqn", F_OF, "x.abs().sqrt()"),
+    ("noisy_dqn", F_OF, "x.sign() * x.square()"),
+    ("noisy_dqn", "f_out = signed_sqrt(e_out)", "f_out = e_out"),
     ("noisy_dqn", OUTER, "torch.outer(f_in, f_out)"),
     ("noisy_dqn", OUTER, "torch.randn_like(self.sigma_weight)"),
     ("noisy_dqn", "self.sigma_weight * torch", "self.sigma_weight.abs() * torch"),
@@ -238,7 +237,7 @@ def test_q_by_hand(module):
     assert [(layer.in_features, layer.out_features) for layer in plain] == [(5, 6)]
     obs = torch.randn(4, 5)
     noise = agent.draw_noise()
-    assert [(len(f_in), len(f_out)) for f_in, f_out in noise] == [(6, 6), (6, 3)]
+    assert [(len(e_in), len(e_out)) for e_in, e_out in noise] == [(6, 6), (6, 3)]
     expected = torch.stack([q_by_hand(module, agent, row, noise) for row in obs])
     torch.testing.assert_close(agent(obs, noise), expected, atol=1e-5, rtol=1e-4)
     means = torch.stack([q_by_hand(module, agent, row, silent(agent)) for row in obs])
@@ -276,7 +275,7 @@ def test_noise_follows_the_network(module):
     agent.q = module.NoisyMLP([6, 4, 4, 4, 3], torch.nn.Tanh, args.sigma_0)
     agent.double()
     noise = agent.draw_noise()
-    assert [(len(f_in), len(f_out)) for f_in, f_out in noise] == [(6, 4), (4, 4), (4, 4), (4, 3)]
+    assert [(len(e_in), len(e_out)) for e_in, e_out in noise] == [(6, 4), (4, 4), (4, 4), (4, 3)]
     assert {f.dtype for pair in noise for f in pair} == {torch.float64}
     assert agent(torch.randn(2, 5), noise).dtype == torch.float64
 
