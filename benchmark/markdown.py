@@ -89,9 +89,9 @@ that it shows. A clone is taught by these alone; DAgger sees one, and then lets 
 Means over responses of the final evaluation, whose names are those of result.json: the score, the true reward, before
 training (eval_before), if the reward model chooses the best of 16 responses of the reference (eval_best_of_16), and
 after training; the reward model's view of the last (eval_proxy), the KL to the reference per response in nats, and the
-shares of texts that end and that are different. taste_accuracy is how often people choose what is truly better,
-rm_accuracy how often the reward model foresees their choice on pairs that it was not fitted to. The bars are ours:
-nobody has published scores of this task.
+shares of texts that end and that are different. taste_accuracy is how often people choose what is truly better, where a
+tie counts as one of two chances, rm_accuracy how often the reward model foresees their choice on pairs that it was not
+fitted to. The bars are ours: nobody has published scores of this task.
 """, LANGUAGE),
 }  # fmt: skip
 
