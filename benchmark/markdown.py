@@ -22,8 +22,8 @@ README_CURVES = ("HalfCheetah-v5", 1_000_000)
 README_NOTE = """\
 Score: interquartile mean over seeds, in brackets the best published one, whatever its protocol, of several seeds if
 there is one. Speed: steps per second over those of the fastest peer in stable-baselines3, sb3-contrib and SBX (JAX),
-the least ratio that was measured; what rests on several runs is older than the present form of the scripts. All scores
-with their intervals, sources and curves are in [benchmark/RESULTS.md](benchmark/RESULTS.md).
+the least ratio that was measured; what rests on several runs, but for qr_dqn, is older than the present form of the
+scripts. All scores with their intervals, sources and curves are in [benchmark/RESULTS.md](benchmark/RESULTS.md).
 """
 ABOUT = """\
 # Results
@@ -41,7 +41,7 @@ The last columns judge the score and its whole interval. PASS: not below the bar
 not below it, with fewer; open: the interval holds the bar; FAIL: below it. Bars and published scores with their sources
 are in [`references.csv`](references.csv), the score and the curve of every seed in [`baselines/`](baselines). Steps per
 second in this table are of runs side by side; the comparison of speed at the end had the machine to itself. There, what
-rests on two runs beside another project was measured before the scripts took their present form.
+rests on two runs beside another project, but for qr_dqn, was measured before the scripts took their present form.
 """
 PAPER = """\
 The experiment of the PPO paper (section 6.1) with these scripts: mean return of the last 100 training episodes after 1M
