@@ -16,11 +16,12 @@ it. No gradient flows through y, nor through the Q(s, a) beside log pi.
 
     python algos/actor_critic.py --env-id CartPole-v1    # 500 after 200,000 steps
 
-Not in the book: a batch has several steps of several environments; Q is standardised over it, which makes its mean a
-baseline; there is no gamma^t before Q; rewards and (on MuJoCo) observations are normalised, gradients are clipped,
-layers start orthogonal, and actions in [-1, 1] are scaled to the bounds of the environment.
+Not in the book: the weight is Q, where it has the TD error of a V; a batch has several steps of several environments;
+Q is standardised over it, which makes its mean a baseline; there is no gamma^t before Q; rewards and (on MuJoCo)
+observations are normalised, the optimizer is Adam, its step size falls to 0, gradients are clipped, layers start
+orthogonal, and actions in [-1, 1] are scaled to the bounds of the environment.
 
-Read to the end of train(); what follows the ruler is the same in every script.
+Read to the end of train(); what follows the ruler is plumbing that the scripts share.
 """
 
 import argparse
@@ -85,7 +86,7 @@ class Args:
     resume: str = ""  # run directory to continue; a finished run is only evaluated again
 
     def __post_init__(self) -> None:
-        minimum = dict(seed=0, torch_threads=0, num_steps=4, log_std_init=-20)  # of 4 steps at least 2 are no resets
+        minimum = dict(seed=0, torch_threads=0, num_steps=4, log_std_init=-20)  # 2 of 4 are no resets: std() needs 2
         check_ranges(self, minimum, maximum=dict(gamma=1))
         check_batch(self.num_envs * self.num_steps, self.total_timesteps)
 
@@ -192,7 +193,7 @@ def train(args: Args) -> dict:
     T = args.num_steps
     num_iterations = args.total_timesteps // (N * T)
     first_iteration = run.step // (N * T)
-    obs, _ = envs.reset(seed=env_seed(args.seed, first_iteration * N % 500_000))
+    obs, _ = envs.reset(seed=train_seed(args.seed, first_iteration * N))  # other episodes in a resumed run
     action = agent.act(obs)
     done = np.zeros(N, bool)
     score = np.zeros(N)  # return so far of the running episodes
@@ -248,7 +249,7 @@ def train(args: Args) -> dict:
     return run.finish(evaluate(agent, args, run.dir))
 
 
-# Defaults beside those of Args: of the first family that names the environment, or the kind of its spaces.
+# Defaults in place of those of Args: of the first family that names the environment, or else of its kind of spaces.
 FAMILIES = {
     "Pendulum": dict(gamma=0.9, eval_episodes=100),
     "Acrobot MountainCar": dict(total_timesteps=300_000, num_envs=16, norm_obs=True, eval_episodes=100),
@@ -508,6 +509,11 @@ def pick_device(name: str, obs_space: Space) -> torch.device:
 def env_seed(seed: int, offset: int = 0) -> int:
     """Each run has a million seeds; environment i of a vector takes the i-th after this one, so no two share any."""
     return (1_000_000 * seed + offset) % (2**31 - 1)  # ALE takes no larger one
+
+
+def train_seed(seed: int, offset: int) -> int:
+    """A seed of the first half of the run's million, for environments to learn in; the second is for the evaluation."""
+    return env_seed(seed, offset % 500_000)
 
 
 def make_envs(env_id: str, num_envs: int, env_kwargs: str = "", render: bool = False) -> gym.vector.VectorEnv:
@@ -881,7 +887,10 @@ def read_config(folder: Path) -> dict:
                 raise TypeError(f"{name} is {value}")
     except FileNotFoundError as error:
         raise Refusal(f"{folder} holds no run to resume") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except KeyError as error:
+        told = f"{path} is damaged or another script's, for it has no {error}"
+        raise Refusal(f"{told}; start the run anew in another --run-dir") from error
+    except (OSError, ValueError, TypeError) as error:
         raise Refusal(f"{path} is damaged; start the run anew in another --run-dir") from error
     return arguments
 

@@ -13,13 +13,13 @@ took in it, find the policy under which these actions are most likely:
 
 This is the policy gradient of reinforce.py with the weight 1 in place of the return, and with the demonstrator's states
 and actions in place of one's own. For Discrete actions L is the cross-entropy, for Box actions, with a deviation of 1,
-the squared error |a - mu(s)|^2 / 2 and a constant.
+the squared error |a - mu(s)|^2 / 2 plus a constant.
 
     python algos/behavior_cloning.py --env-id LunarLander-v3                             # 234 after 500,000 samples
     python algos/behavior_cloning.py --env-id CartPole-v1 --demonstrations RUN_DIR       # clones a finished run
     python algos/behavior_cloning.py --env-id Hopper-v5 --demonstrations main_data.hdf5  # a data set of Minari
 
-A clone that errs comes to states that the demonstrator never showed, and errs the more: L says nothing of its loss
+A clone that errs comes to states that the demonstrator never showed, and errs the more: L counts no errors
 there. From one episode of the lander it learns to repeat nearly all actions, and crashes. dagger.py shows a way out.
 
 Steps are samples here: each gradient step counts batch_size of them. Demonstrations are whole episodes, and what is
@@ -27,7 +27,7 @@ held out are whole episodes too, for the pairs of one are much alike. The demons
 otherwise. Not in the papers: observations are standardised, the optimizer is AdamW. result.json holds the mean return
 of the demonstrations as demonstrator_mean.
 
-Read to the end of train(); what follows the ruler is the same in every script.
+Read to the end of train(); what follows the ruler is plumbing that the scripts share.
 """
 
 import argparse
@@ -278,7 +278,7 @@ def train(args: Args) -> dict:
     return run.finish(evaluate(agent, args, run.dir) | dict(demonstrator_mean=float(np.mean(returns))))
 
 
-# Defaults beside those of Args: of the first family that names the environment, or the kind of its spaces.
+# Defaults in place of those of Args: of the first family that names the environment, or else of its kind of spaces.
 FAMILIES = {
     "HalfCheetah Hopper Walker2d Ant Humanoid Swimmer Reacher Pusher InvertedPendulum InvertedDoublePendulum": dict(
         total_timesteps=5_000_000, hidden_size=256, play_every=500_000,
@@ -954,7 +954,10 @@ def read_config(folder: Path) -> dict:
                 raise TypeError(f"{name} is {value}")
     except FileNotFoundError as error:
         raise Refusal(f"{folder} holds no run to resume") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except KeyError as error:
+        told = f"{path} is damaged or another script's, for it has no {error}"
+        raise Refusal(f"{told}; start the run anew in another --run-dir") from error
+    except (OSError, ValueError, TypeError) as error:
         raise Refusal(f"{path} is damaged; start the run anew in another --run-dir") from error
     return arguments
 

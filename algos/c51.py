@@ -18,11 +18,11 @@ comes to atom i. The policy is epsilon-greedy in Q; Z_target is a copy of Z that
     python algos/c51.py --env-id CartPole-v1            # 500 after 50,000 steps
     python algos/c51.py --env-id MinAtar/Breakout-v1    # trains 1M steps
 
-Not in the paper: a step size that falls to 0, clipped gradients, and atoms for each family of environments: returns
-beyond v_min and v_max cannot be told apart, so set these for environments of your own. All periods count single steps,
-so that several environments learn as often as one.
+Not in the paper: Adam's eps (1e-5, there 0.01 / 32), a step size that falls to 0, clipped gradients, and atoms for each
+family of environments: returns beyond v_min and v_max cannot be told apart, so set these for environments of your own.
+All periods count single steps, so that several environments learn as often as one.
 
-Read to the end of train(); what follows the ruler is the same in every script.
+Read to the end of train(); what follows the ruler is plumbing that the scripts share.
 """
 
 import argparse
@@ -159,11 +159,12 @@ def project(p: Tensor, rewards: Tensor, terminated: Tensor, support: Tensor, gam
     """
     num_atoms = len(support)
     delta_z = (support[-1] - support[0]) / (num_atoms - 1)
-    y = td_target(rewards, terminated, support[:, None], gamma).T  # T z_j (B, atoms)
+    # With z as a column, rewards, terminated and gamma (B,) broadcast along it: T z_j comes out as (atoms, B).
+    y = td_target(rewards, terminated, support[:, None], gamma).T  # (B, atoms)
     b = ((y - support[0]) / delta_z).clamp(0, num_atoms - 1)  # in units of delta_z, where rounding loses no mass
     i = torch.arange(num_atoms, device=support.device)
     shares = (1 - (b[:, None, :] - i[:, None]).abs()).clamp(0, 1)  # of atom i in T z_j (B, i, j)
-    return (shares * p[:, None, :]).sum(-1)  # eq. 7
+    return (shares * p[:, None, :]).sum(-1)  # C51 eq. 7
 
 
 def critic_loss(agent: Agent, target: Agent, batch: dict[str, Tensor], args: Args) -> tuple[Tensor, dict[str, Tensor]]:
@@ -201,8 +202,10 @@ def train(args: Args) -> dict:
     run = Run(args, agent=agent, target=target, optimizer=optimizer, buffer=buffer)
 
     log_every = max(args.log_every // N, 1) * N
-    learning_starts = args.learning_starts + (0 if len(buffer) else run.step)  # a resumed run fills its buffer first
-    obs, _ = envs.reset(seed=env_seed(args.seed, run.step // log_every * N % 500_000))
+    learn_after = args.learning_starts
+    if len(buffer) == 0:
+        learn_after += run.step  # a run resumed without its buffer acts by its policy, but fills the buffer first
+    obs, _ = envs.reset(seed=train_seed(args.seed, run.step // log_every * N))  # other episodes in a resumed run
     buffer.start(obs)
     done = np.zeros(N, bool)
     score = np.zeros(N)  # return so far of the running episodes
@@ -227,7 +230,7 @@ def train(args: Args) -> dict:
 
         # Optimise once per train_frequency of these N steps.
         for t in range(step - N + 1, step + 1):
-            if t > learning_starts and t % args.train_frequency == 0:
+            if t > learn_after and t % args.train_frequency == 0:
                 batch = buffer.sample(args.batch_size, device)
                 gradients, metrics = critic_gradients(agent, target, batch, args)
                 descend(optimizer, gradients)
@@ -245,7 +248,7 @@ def train(args: Args) -> dict:
     return run.finish(evaluate(agent, args, run.dir))
 
 
-# Defaults beside those of Args: of the first family that names the environment, or the kind of its spaces.
+# Defaults in place of those of Args: of the first family that names the environment, or else of its kind of spaces.
 FAMILIES = {
     "CartPole": dict(v_min=0.0, compile=True),
     "Acrobot MountainCar": dict(
@@ -555,6 +558,11 @@ def pick_device(name: str, obs_space: Space) -> torch.device:
 def env_seed(seed: int, offset: int = 0) -> int:
     """Each run has a million seeds; environment i of a vector takes the i-th after this one, so no two share any."""
     return (1_000_000 * seed + offset) % (2**31 - 1)  # ALE takes no larger one
+
+
+def train_seed(seed: int, offset: int) -> int:
+    """A seed of the first half of the run's million, for environments to learn in; the second is for the evaluation."""
+    return env_seed(seed, offset % 500_000)
 
 
 def make_envs(env_id: str, num_envs: int, env_kwargs: str = "", render: bool = False) -> gym.vector.VectorEnv:
@@ -928,7 +936,10 @@ def read_config(folder: Path) -> dict:
                 raise TypeError(f"{name} is {value}")
     except FileNotFoundError as error:
         raise Refusal(f"{folder} holds no run to resume") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except KeyError as error:
+        told = f"{path} is damaged or another script's, for it has no {error}"
+        raise Refusal(f"{told}; start the run anew in another --run-dir") from error
+    except (OSError, ValueError, TypeError) as error:
         raise Refusal(f"{path} is damaged; start the run anew in another --run-dir") from error
     return arguments
 

@@ -17,9 +17,10 @@ where a*(s) is what the demonstrator would do in s. So the learner is taught to 
     python algos/dagger.py --env-id CartPole-v1 --demonstrations RUN_DIR      # any finished run can teach
 
 The demonstrator must be there to be asked, which a data set is not. After the demonstrations only the learner acts, by
-its mode (beta_i = 0). Not in the paper: learning goes on from pi_i, and the last policy is taken, not the best.
+its mode (beta_i = 0). Not in the paper: what behavior_cloning.py names, that learning goes on from pi_i, and that the
+last policy is taken, not the best.
 
-Read to the end of train(); what follows the ruler is the same in every script.
+Read to the end of train(); what follows the ruler is plumbing that the scripts share.
 """
 
 import argparse
@@ -271,7 +272,7 @@ def train(args: Args) -> dict:
             if step // play_every <= args.num_labelled:
                 episode["actions"] = np.concatenate([demonstrator(obs[None]) for obs in episode["observations"][:-1]])
                 labelled = pairs_of([episode], action_space)
-                pairs.add(labelled)  # D <- D + D_i
+                pairs.add(labelled)  # D <- D + D_i, algorithm 3.1
                 if isinstance(agent.encoder, RunningNorm):
                     agent.encoder.update(labelled["obs"].to(device))
 
@@ -288,7 +289,7 @@ def train(args: Args) -> dict:
     return run.finish(evaluate(agent, args, run.dir) | dict(demonstrator_mean=float(np.mean(returns))))
 
 
-# Defaults beside those of Args: of the first family that names the environment, or the kind of its spaces.
+# Defaults in place of those of Args: of the first family that names the environment, or else of its kind of spaces.
 FAMILIES = {
     "HalfCheetah Hopper Walker2d Ant Humanoid Swimmer Reacher Pusher InvertedPendulum InvertedDoublePendulum": dict(
         total_timesteps=5_000_000, hidden_size=256, play_every=400_000,
@@ -963,7 +964,10 @@ def read_config(folder: Path) -> dict:
                 raise TypeError(f"{name} is {value}")
     except FileNotFoundError as error:
         raise Refusal(f"{folder} holds no run to resume") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except KeyError as error:
+        told = f"{path} is damaged or another script's, for it has no {error}"
+        raise Refusal(f"{told}; start the run anew in another --run-dir") from error
+    except (OSError, ValueError, TypeError) as error:
         raise Refusal(f"{path} is damaged; start the run anew in another --run-dir") from error
     return arguments
 

@@ -20,7 +20,7 @@ distance from the edge that Q-learning does not. No gradient flows through the t
 Not in the book: a gradient step learns from one transition of each of N environments; Adam, clipped gradients, and a
 step size and an epsilon that fall.
 
-Read to the end of train(); what follows the ruler is the same in every script.
+Read to the end of train(); what follows the ruler is plumbing that the scripts share.
 """
 
 import argparse
@@ -154,7 +154,7 @@ def train(args: Args) -> dict:
     run = Run(args, agent=agent, optimizer=optimizer)
 
     log_every = max(args.log_every // N, 1) * N
-    obs, _ = envs.reset(seed=env_seed(args.seed, run.step // log_every * N % 500_000))
+    obs, _ = envs.reset(seed=train_seed(args.seed, run.step // log_every * N))  # other episodes in a resumed run
     progress = run.step / args.total_timesteps
     agent.epsilon = linear_schedule(args.start_e, args.end_e, args.exploration_fraction, progress)
     action = agent.act(obs)
@@ -177,8 +177,8 @@ def train(args: Args) -> dict:
         if args.clip_reward:
             reward = reward.clip(-1, 1)
 
-        # Draw a' once: the target has it, and the next step takes it. Only at an end nothing takes it: after a
-        # truncation it is what the policy would have done in the last state, after a termination it does not count.
+        # Draw a' once: the target has it, and the next step takes it, unless that is a reset, which takes no action.
+        # Then a' is for the target alone: a truncation needs it, and after a termination it does not count.
         next_action = agent.act(next_obs)
 
         # Optimise by one gradient step on the N transitions, less those that only reset.
@@ -202,7 +202,7 @@ def train(args: Args) -> dict:
     return run.finish(evaluate(agent, args, run.dir))
 
 
-# Defaults beside those of Args: of the first family that names the environment, or the kind of its spaces.
+# Defaults in place of those of Args: of the first family that names the environment, or else of its kind of spaces.
 FAMILIES = {
     "Acrobot MountainCar": dict(total_timesteps=300_000, hidden_size=256, eval_episodes=100),
     "LunarLander": dict(total_timesteps=1_000_000, hidden_size=256, compile=True),
@@ -418,6 +418,11 @@ def pick_device(name: str, obs_space: Space) -> torch.device:
 def env_seed(seed: int, offset: int = 0) -> int:
     """Each run has a million seeds; environment i of a vector takes the i-th after this one, so no two share any."""
     return (1_000_000 * seed + offset) % (2**31 - 1)  # ALE takes no larger one
+
+
+def train_seed(seed: int, offset: int) -> int:
+    """A seed of the first half of the run's million, for environments to learn in; the second is for the evaluation."""
+    return env_seed(seed, offset % 500_000)
 
 
 def make_envs(env_id: str, num_envs: int, env_kwargs: str = "", render: bool = False) -> gym.vector.VectorEnv:
@@ -791,7 +796,10 @@ def read_config(folder: Path) -> dict:
                 raise TypeError(f"{name} is {value}")
     except FileNotFoundError as error:
         raise Refusal(f"{folder} holds no run to resume") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except KeyError as error:
+        told = f"{path} is damaged or another script's, for it has no {error}"
+        raise Refusal(f"{told}; start the run anew in another --run-dir") from error
+    except (OSError, ValueError, TypeError) as error:
         raise Refusal(f"{path} is damaged; start the run anew in another --run-dir") from error
     return arguments
 

@@ -11,21 +11,21 @@ critic and samples.
     L = -E[log sigmoid(beta log(pi(y|x) / pi_ref(y|x)) - beta log(pi(y'|x) / pi_ref(y'|x)))]    y chosen, y' rejected
 
 Its parent fits r to choices and seeks the policy that E[r - beta log(pi / pi_ref)] is largest for. That policy is
-known: pi_ref exp(r / beta) / Z. So beta log(pi / pi_ref) is its reward, up to a log Z that the texts of a pair share
-(eq. 5), and the parent's loss of the reward model becomes a loss of the policy.
+known: pi_ref exp(r / beta) / Z(x) (eq. 4). So r is beta log(pi / pi_ref), up to a beta log Z(x) that both texts of a
+pair share (eq. 5), and the parent's loss of the reward model becomes a loss of the policy.
 
     python algos/dpo.py --env-id reviews    # true reward 3.4 after 104,000 tokens, from -1.3
-    python algos/dpo.py --env-id reviews --kl-coef 0.1    # how likely texts are displaced
+    python algos/dpo.py --env-id reviews --kl-coef 0.1    # too small: the chosen texts become unlikely, too
     python algos/dpo.py --env-id reviews --model gpt2 --preferences pairs.jsonl
 
 Only differences count: the log-probabilities of chosen and rejected texts may both fall, and texts that are in no pair
 gain. So watch chosen_log_prob in the log. A step is a token of a response; the default is one pass over the pairs. Of
 pairs of your own nobody knows the true reward, and 0 is shown.
 
-Not in the paper: a small transformer, Adam in place of RMSprop, a step size that falls to 0 without a warm-up, and
-a few responses for each line of the log, from which nothing is learned.
+Not in the paper: a small transformer, Adam in place of RMSprop, clipped gradients, a step size that falls to 0 without
+a warm-up, and a few responses for each line of the log, from which nothing is learned.
 
-Read to the end of train(); what follows the ruler is the same in every script.
+Read to the end of train(); what follows the ruler is plumbing that the scripts share.
 """
 
 import argparse
@@ -195,7 +195,7 @@ def train(args: Args) -> dict:
     return run.finish(evaluate(actor, reference, None, tokenizer, task, args) | phases.numbers)
 
 
-# Defaults beside those of Args: of the task or, with --model, of models that have learned to write already.
+# Defaults in place of those of Args: of the task or, with --model, of models that have learned to write already.
 FAMILIES = {
     "reviews": dict(),
     "Hugging-Face": dict(
@@ -1118,7 +1118,10 @@ def read_config(folder: Path) -> dict:
                 raise TypeError(f"{name} is {value}")
     except FileNotFoundError as error:
         raise Refusal(f"{folder} holds no run to resume") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except KeyError as error:
+        told = f"{path} is damaged or another script's, for it has no {error}"
+        raise Refusal(f"{told}; start the run anew in another --run-dir") from error
+    except (OSError, ValueError, TypeError) as error:
         raise Refusal(f"{path} is damaged; start the run anew in another --run-dir") from error
     return arguments
 

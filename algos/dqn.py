@@ -17,11 +17,11 @@ is renewed now and then.
     python algos/dqn.py --env-id CartPole-v1            # 500 after 50,000 steps
     python algos/dqn.py --env-id MinAtar/Breakout-v1    # 20 after 1M steps
 
-Not in the paper: Adam in place of RMSprop, a step size that falls to 0, and one clipped gradient in place of clipped
-errors, which would move the minimum away from the mean. All periods count single steps, so that several environments
-learn as often as one.
+Not in the paper: Adam in place of RMSprop, a step size that falls to 0, and clipping of the gradient's norm in place of
+the errors, for with clipped errors the minimum is not the mean. All periods count single steps, so that several
+environments learn as often as one.
 
-Read to the end of train(); what follows the ruler is the same in every script.
+Read to the end of train(); what follows the ruler is plumbing that the scripts share.
 """
 
 import argparse
@@ -138,7 +138,7 @@ def critic_loss(agent: Agent, target: Agent, batch: dict[str, Tensor], args: Arg
     """The loss of Q on a batch with one transition per row, and what to log."""
     with torch.no_grad():
         next_values = target(batch["next_obs"]).amax(-1)
-        y = td_target(batch["rewards"], batch["terminated"], next_values, args.gamma)  # algorithm 1
+        y = td_target(batch["rewards"], batch["terminated"], next_values, args.gamma)  # DQN algorithm 1
 
     q = agent(batch["obs"]).gather(-1, batch["actions"][:, None]).squeeze(-1)
     loss = F.mse_loss(q, y)
@@ -166,8 +166,10 @@ def train(args: Args) -> dict:
     run = Run(args, agent=agent, target=target, optimizer=optimizer, buffer=buffer)
 
     log_every = max(args.log_every // N, 1) * N
-    learning_starts = args.learning_starts + (0 if len(buffer) else run.step)  # a resumed run fills its buffer first
-    obs, _ = envs.reset(seed=env_seed(args.seed, run.step // log_every * N % 500_000))
+    learn_after = args.learning_starts
+    if len(buffer) == 0:
+        learn_after += run.step  # a run resumed without its buffer acts by its policy, but fills the buffer first
+    obs, _ = envs.reset(seed=train_seed(args.seed, run.step // log_every * N))  # other episodes in a resumed run
     buffer.start(obs)
     done = np.zeros(N, bool)
     score = np.zeros(N)  # return so far of the running episodes
@@ -192,7 +194,7 @@ def train(args: Args) -> dict:
 
         # Optimise once per train_frequency of these N steps.
         for t in range(step - N + 1, step + 1):
-            if t > learning_starts and t % args.train_frequency == 0:
+            if t > learn_after and t % args.train_frequency == 0:
                 batch = buffer.sample(args.batch_size, device)
                 gradients, metrics = critic_gradients(agent, target, batch, args)
                 descend(optimizer, gradients)
@@ -210,7 +212,7 @@ def train(args: Args) -> dict:
     return run.finish(evaluate(agent, args, run.dir))
 
 
-# Defaults beside those of Args: of the first family that names the environment, or the kind of its spaces.
+# Defaults in place of those of Args: of the first family that names the environment, or else of its kind of spaces.
 FAMILIES = {
     "Acrobot MountainCar": dict(
         total_timesteps=100_000, train_frequency=1, target_network_frequency=250, learning_rate=6.3e-4, end_e=0.1,
@@ -519,6 +521,11 @@ def pick_device(name: str, obs_space: Space) -> torch.device:
 def env_seed(seed: int, offset: int = 0) -> int:
     """Each run has a million seeds; environment i of a vector takes the i-th after this one, so no two share any."""
     return (1_000_000 * seed + offset) % (2**31 - 1)  # ALE takes no larger one
+
+
+def train_seed(seed: int, offset: int) -> int:
+    """A seed of the first half of the run's million, for environments to learn in; the second is for the evaluation."""
+    return env_seed(seed, offset % 500_000)
 
 
 def make_envs(env_id: str, num_envs: int, env_kwargs: str = "", render: bool = False) -> gym.vector.VectorEnv:
@@ -892,7 +899,10 @@ def read_config(folder: Path) -> dict:
                 raise TypeError(f"{name} is {value}")
     except FileNotFoundError as error:
         raise Refusal(f"{folder} holds no run to resume") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except KeyError as error:
+        told = f"{path} is damaged or another script's, for it has no {error}"
+        raise Refusal(f"{told}; start the run anew in another --run-dir") from error
+    except (OSError, ValueError, TypeError) as error:
         raise Refusal(f"{path} is damaged; start the run anew in another --run-dir") from error
     return arguments
 

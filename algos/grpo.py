@@ -21,10 +21,12 @@ the clip is idle, and the gradient is that of REINFORCE with a baseline. With mo
 
 The paper divides A_i by the deviation of r, and averages over each response first: w_it = 1 / (G |y_i|). Liu et al.
 2025, arXiv:2503.20783, find both biased: to problems that are nearly always or never solved, and to long wrong
-answers. So they are flags, and by default each token of a batch weighs as much, as in Yu et al. 2025, arXiv:2503.14476,
-whose eps_high is 0.28. The KL (eq. 4) is off; where it is on, its gradient is that of KL(pi_ref || pi).
+answers. So both are flags. By default all tokens of a batch weigh the same; Yu et al. 2025, arXiv:2503.14476, whose
+eps_high is 0.28, let those of a group do so, w_it = 1 / sum_i |y_i|. The KL (eq. 4) is off; where it is on, its
+gradient is that of KL(pi_ref || pi). Not in the paper: a small transformer, an exact check in place of a reward model,
+clipped gradients, and a reference that is never renewed.
 
-Read to the end of train(); what follows the ruler is the same in every script.
+Read to the end of train(); what follows the ruler is plumbing that the scripts share.
 """
 
 import argparse
@@ -76,7 +78,7 @@ class Args:
     kl_coef: float = 0.0  # beta, weight of the KL to the reference
     update_epochs: int = 1  # K, passes over each batch
     num_minibatches: int = 1  # minibatches per pass
-    loss_norm: Literal["token", "sequence", "constant"] = "token"  # what has equal weight; constant: tokens, 1/(N T)
+    loss_norm: Literal["token", "sequence", "constant"] = "token"  # equal weight per token or response, or 1 / (N T)
     learning_rate: float = 3e-4  # step size of the last phase
     anneal_lr: bool = True  # let the step size fall linearly to 0
     clip_low: float = 0.2  # eps_low, how far below 1 the probability ratio counts
@@ -134,7 +136,7 @@ def token_weights(mask: Tensor, args: Args) -> Tensor:
     """How much each token (N, T) of a batch counts in the loss; those of the mask are real."""
     N, T = mask.shape
     if args.loss_norm == "token":
-        return mask / mask.sum()  # each token as much as any other: DAPO
+        return mask / mask.sum()  # each token of the batch as much as any other; in DAPO, of the group
     if args.loss_norm == "sequence":
         return mask / mask.sum(1, keepdim=True) / N  # each response as much as any other: eq. 3
     return mask / (N * T)  # the same in every batch, however long its responses: Dr. GRPO
@@ -221,7 +223,7 @@ def train(args: Args) -> dict:
         # Optimise the surrogate for K epochs of minibatches.
         batch = dict(
             tokens=tokens, real=real, log_probs=log_probs, ref_log_probs=ref_log_probs, advantages=advantages,
-            weights=args.num_minibatches * token_weights(mask, args),
+            weights=args.num_minibatches * token_weights(mask, args),  # a minibatch has but a part of their sum
         )  # fmt: skip
         history = []
         for _ in range(args.update_epochs):
@@ -248,7 +250,7 @@ def train(args: Args) -> dict:
     return run.finish(evaluate(actor, reference, None, tokenizer, task, args) | phases.numbers)
 
 
-# Defaults beside those of Args: of the task or, with --model, of models that have learned to write already.
+# Defaults in place of those of Args: of the task or, with --model, of models that have learned to write already.
 FAMILIES = {
     "countdown": dict(),
     "Hugging-Face": dict(
@@ -1021,7 +1023,10 @@ def read_config(folder: Path) -> dict:
                 raise TypeError(f"{name} is {value}")
     except FileNotFoundError as error:
         raise Refusal(f"{folder} holds no run to resume") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except KeyError as error:
+        told = f"{path} is damaged or another script's, for it has no {error}"
+        raise Refusal(f"{told}; start the run anew in another --run-dir") from error
+    except (OSError, ValueError, TypeError) as error:
         raise Refusal(f"{path} is damaged; start the run anew in another --run-dir") from error
     return arguments
 

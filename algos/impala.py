@@ -11,8 +11,8 @@ Espeholt et al. 2018, arXiv:1802.01561. Child of a2c.py: samplers apart from the
     v_s = V(x_s) + sum_{t=s}^{s+n-1} gamma^(t-s) c_s ... c_{t-1} rho_t (r_t + gamma V(x_{t+1}) - V(x_t))
     rho_t = min(rho_bar, pi(a_t|x_t) / mu(a_t|x_t)),  c_t = min(c_bar, pi(a_t|x_t) / mu(a_t|x_t))
 
-mu is the policy of a sampler, an older copy of the learner's policy pi. In the objective of a2c.py, v_s stands in place
-of R, and rho_s (r_s + gamma v_{s+1} - V(x_s)) in place of A (Sect. 4.2).
+mu is the policy of a sampler (an actor in the paper), an older copy of pi, and s + n the end of its rollout. In the
+objective of a2c.py, v_s stands in place of R, and rho_s (r_s + gamma v_{s+1} - V(x_s)) in place of A (section 4.2).
 
     python algos/impala.py --env-id CartPole-v1    # 500 after 200,000 steps, with 2 samplers
 
@@ -20,7 +20,7 @@ Learner and samplers are actors of Ray, here or, with --address, on the machines
 one sampler. Batches are learned from in the order in which they were asked for, where the paper takes what comes first:
 so none is older than --max-lag updates, and equal runs are equal, bit for bit. Not in the paper: what a2c.py names.
 
-Read to the end of train(); what follows the ruler is the same in every script.
+Read to the end of train(); what follows the ruler is plumbing that the scripts share.
 """
 
 import argparse
@@ -94,7 +94,7 @@ class Args:
     resume: str = ""  # run directory to continue; a finished run is only evaluated again
 
     def __post_init__(self) -> None:
-        minimum = dict(seed=0, torch_threads=0, num_steps=4, log_std_init=-20)  # of 4 steps at least 2 are no resets
+        minimum = dict(seed=0, torch_threads=0, num_steps=4, log_std_init=-20)  # 2 of 4 are no resets: std() needs 2
         check_ranges(self, minimum | dict(num_samplers=0, max_lag=0), maximum=dict(gamma=1))
         check_batch(self.num_envs * self.num_steps, self.total_timesteps)
         if self.address and self.num_samplers == 0:
@@ -171,7 +171,7 @@ def vtrace(rewards: Tensor, values: Tensor, log_ratio: Tensor, terminated: Tenso
 
 
 def impala_loss(agent: Agent, batch: dict[str, Tensor], args: Args) -> tuple[Tensor, dict[str, Tensor]]:
-    """Minus the objective (Sect. 4.2) on a batch with one transition per row, and what to log."""
+    """Minus the objective (section 4.2) on a batch with one transition per row, and what to log."""
     policy, values = agent(batch["obs"])
     policy_loss = -(batch["rhos"] * policy.log_prob(batch["actions"]) * batch["advantages"]).mean()
     value_loss = F.mse_loss(values, batch["returns"])
@@ -188,7 +188,7 @@ def collect(all_weights: Iterator[dict[str, Tensor]], number: int, agent: Agent,
     envs = make_envs(args.env_id, args.num_envs, args.env_kwargs)
     to_env = action_map(envs.single_action_space)
     N = args.num_envs
-    obs, _ = envs.reset(seed=env_seed(args.seed, number * N % 500_000))
+    obs, _ = envs.reset(seed=train_seed(args.seed, number * N))
     done = np.zeros(N, bool)
     score = np.zeros(N)  # return so far of the running episodes
     discounted = np.zeros(N)  # the same, discounted, of the rewards that are learned from
@@ -278,17 +278,17 @@ def train(args: Args) -> dict:
             # Ask for batches. The lag of each will be the number of those that are under way when it is asked for.
             while len(asked) <= min(args.max_lag, num_iterations - iteration - 1):
                 asked.append(processes.sample(weights))
-            batch, episode_returns = processes.receive(asked.pop(0), weights)  # again, if its sampler is lost
-            run.episode_returns += episode_returns
 
-            # Learn from the oldest one.
+            # Learn from the oldest one. If its sampler is lost, another one makes it, with the weights of now.
+            batch, episode_returns = processes.receive(asked.pop(0), weights)
+            run.episode_returns += episode_returns
             weights, metrics = processes.learn(batch)
             run.log((iteration + 1) * batch_size, metrics)
         run.save()
     return run.finish(evaluate(agent, args, run.dir) | dict(processes=processes.count))
 
 
-# Defaults beside those of Args: of the first family that names the environment, or the kind of its spaces.
+# Defaults in place of those of Args: of the first family that names the environment, or else of its kind of spaces.
 FAMILIES = {
     "Pendulum": dict(gamma=0.9, eval_episodes=100),
     "Acrobot MountainCar": dict(total_timesteps=300_000, num_envs=16, norm_obs=True, eval_episodes=100),
@@ -546,6 +546,11 @@ def pick_device(name: str, obs_space: Space) -> torch.device:
 def env_seed(seed: int, offset: int = 0) -> int:
     """Each run has a million seeds; environment i of a vector takes the i-th after this one, so no two share any."""
     return (1_000_000 * seed + offset) % (2**31 - 1)  # ALE takes no larger one
+
+
+def train_seed(seed: int, offset: int) -> int:
+    """A seed of the first half of the run's million, for environments to learn in; the second is for the evaluation."""
+    return env_seed(seed, offset % 500_000)
 
 
 def make_envs(env_id: str, num_envs: int, env_kwargs: str = "", render: bool = False) -> gym.vector.VectorEnv:
@@ -919,7 +924,10 @@ def read_config(folder: Path) -> dict:
                 raise TypeError(f"{name} is {value}")
     except FileNotFoundError as error:
         raise Refusal(f"{folder} holds no run to resume") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except KeyError as error:
+        told = f"{path} is damaged or another script's, for it has no {error}"
+        raise Refusal(f"{told}; start the run anew in another --run-dir") from error
+    except (OSError, ValueError, TypeError) as error:
         raise Refusal(f"{path} is damaged; start the run anew in another --run-dir") from error
     return arguments
 

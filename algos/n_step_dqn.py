@@ -19,10 +19,10 @@ truncation, and at the newest step, Q_target values the last state that was seen
     python algos/n_step_dqn.py --env-id MinAtar/Breakout-v1   # trains 1M steps
 
 As in the papers, nothing corrects for later actions of the n steps that the policy of today would not take. Not in the
-papers: a step size that falls to 0, and one clipped gradient in place of clipped errors, which would move the minimum
-away from the mean. All periods count single steps, so that several environments learn as often as one.
+papers: a step size that falls to 0, and clipping of the gradient's norm in place of the errors, for with clipped errors
+the minimum is not the mean. All periods count single steps, so that several environments learn as often as one.
 
-Read to the end of train(); what follows the ruler is the same in every script.
+Read to the end of train(); what follows the ruler is plumbing that the scripts share.
 """
 
 import argparse
@@ -139,7 +139,7 @@ def td_target(rewards: Tensor, terminated: Tensor, next_values: Tensor, gamma: f
 def n_step_batch(
     buffer: "ReplayBuffer", rows: np.ndarray, envs: np.ndarray, n: int, gamma: float, device: torch.device
 ) -> dict[str, Tensor]:
-    """Transitions (B, ...) of n steps or, up to an end or the newest step, fewer; from these rows and envs (B,).
+    """Transitions (B, ...) that start at these rows and envs (B,): n steps, or fewer up to an end or the newest step.
 
     Of m steps, `rewards` is the discounted sum, `terminated` and `next_obs` are those of the last one, and `discounts`
     is gamma^m.
@@ -150,14 +150,14 @@ def n_step_batch(
     head = int(buffer.t) % buffer.num_rows  # this row has the newest observation, but no step yet
     steps_to_head = (head - rows) % buffer.num_rows
     usable = buffer.valid[window] & (k < steps_to_head[:, None])
-    belongs = np.logical_and.accumulate(usable, axis=1)  # for after an end comes a reset, which is not valid
+    belongs = np.logical_and.accumulate(usable, axis=1)  # up to an end: the step after it is a reset, so not valid
     m = belongs.sum(1)
     last = (rows + m - 1) % buffer.num_rows
 
     batch = dict(
         obs=buffer.obs[rows, envs],
         actions=buffer.actions[rows, envs],
-        rewards=(gamma**k * buffer.rewards[window] * belongs).sum(1).astype(np.float32),  # eq. 2
+        rewards=(gamma**k * buffer.rewards[window] * belongs).sum(1).astype(np.float32),  # Rainbow eq. 2
         terminated=buffer.terminated[last, envs],
         next_obs=buffer.obs[(last + 1) % buffer.num_rows, envs],
         discounts=(gamma**m).astype(np.float32),
@@ -197,8 +197,10 @@ def train(args: Args) -> dict:
     run = Run(args, agent=agent, target=target, optimizer=optimizer, buffer=buffer)
 
     log_every = max(args.log_every // N, 1) * N
-    learning_starts = args.learning_starts + (0 if len(buffer) else run.step)  # a resumed run fills its buffer first
-    obs, _ = envs.reset(seed=env_seed(args.seed, run.step // log_every * N % 500_000))
+    learn_after = args.learning_starts
+    if len(buffer) == 0:
+        learn_after += run.step  # a run resumed without its buffer acts by its policy, but fills the buffer first
+    obs, _ = envs.reset(seed=train_seed(args.seed, run.step // log_every * N))  # other episodes in a resumed run
     buffer.start(obs)
     done = np.zeros(N, bool)
     score = np.zeros(N)  # return so far of the running episodes
@@ -223,7 +225,7 @@ def train(args: Args) -> dict:
 
         # Optimise once per train_frequency of these N steps.
         for t in range(step - N + 1, step + 1):
-            if t > learning_starts and t % args.train_frequency == 0:
+            if t > learn_after and t % args.train_frequency == 0:
                 rows, env_ids = buffer.draw(args.batch_size)
                 batch = n_step_batch(buffer, rows, env_ids, args.n_steps, args.gamma, device)
                 gradients, metrics = critic_gradients(agent, target, batch, args)
@@ -242,7 +244,7 @@ def train(args: Args) -> dict:
     return run.finish(evaluate(agent, args, run.dir))
 
 
-# Defaults beside those of Args: of the first family that names the environment, or the kind of its spaces.
+# Defaults in place of those of Args: of the first family that names the environment, or else of its kind of spaces.
 FAMILIES = {
     "CartPole": dict(buffer_size=10_000, learning_rate=2e-3),
     "Acrobot MountainCar": dict(
@@ -552,6 +554,11 @@ def pick_device(name: str, obs_space: Space) -> torch.device:
 def env_seed(seed: int, offset: int = 0) -> int:
     """Each run has a million seeds; environment i of a vector takes the i-th after this one, so no two share any."""
     return (1_000_000 * seed + offset) % (2**31 - 1)  # ALE takes no larger one
+
+
+def train_seed(seed: int, offset: int) -> int:
+    """A seed of the first half of the run's million, for environments to learn in; the second is for the evaluation."""
+    return env_seed(seed, offset % 500_000)
 
 
 def make_envs(env_id: str, num_envs: int, env_kwargs: str = "", render: bool = False) -> gym.vector.VectorEnv:
@@ -925,7 +932,10 @@ def read_config(folder: Path) -> dict:
                 raise TypeError(f"{name} is {value}")
     except FileNotFoundError as error:
         raise Refusal(f"{folder} holds no run to resume") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except KeyError as error:
+        told = f"{path} is damaged or another script's, for it has no {error}"
+        raise Refusal(f"{told}; start the run anew in another --run-dir") from error
+    except (OSError, ValueError, TypeError) as error:
         raise Refusal(f"{path} is damaged; start the run anew in another --run-dir") from error
     return arguments
 

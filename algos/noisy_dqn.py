@@ -23,7 +23,7 @@ every gradient step. The policy is greedy in the noisy Q; the evaluation takes t
 Not in the paper: what dqn.py names, one draw for the actions of all environments, and a plain dense layer before the
 two noisy ones. In the paper both dense layers on top of the convolutions are noisy, and there is no third.
 
-Read to the end of train(); what follows the ruler is the same in every script.
+Read to the end of train(); what follows the ruler is plumbing that the scripts share.
 """
 
 import argparse
@@ -114,6 +114,7 @@ class NoisyLinear(nn.Module):
         return e_in, e_out
 
     def forward(self, x: Tensor, noise: tuple[Tensor, Tensor] | None) -> Tensor:
+        """(B, n_out) of x (B, n_in), with the same noise for all rows or with none."""
         if noise is None:
             return self.mu(x)
         e_in, e_out = noise
@@ -137,6 +138,7 @@ class NoisyMLP(nn.Module):
         return [layer.draw_noise() for layer in self.layers]
 
     def forward(self, x: Tensor, noise: list[tuple[Tensor, Tensor]] | None) -> Tensor:
+        """(B, sizes[-1]) of x (B, sizes[0]), with the same noise for all rows or with none."""
         for i, layer in enumerate(self.layers):
             if i > 0:
                 x = self.activation(x)
@@ -193,7 +195,7 @@ def critic_loss(
     """The loss of Q (eq. 14) on a batch with one transition per row, and what to log."""
     with torch.no_grad():
         next_values = target(batch["next_obs"], target_noise).amax(-1)
-        y = td_target(batch["rewards"], batch["terminated"], next_values, args.gamma)  # algorithm 1
+        y = td_target(batch["rewards"], batch["terminated"], next_values, args.gamma)  # DQN algorithm 1
 
     q = agent(batch["obs"], noise).gather(-1, batch["actions"][:, None]).squeeze(-1)
     loss = F.mse_loss(q, y)
@@ -221,8 +223,10 @@ def train(args: Args) -> dict:
     run = Run(args, agent=agent, target=target, optimizer=optimizer, buffer=buffer)
 
     log_every = max(args.log_every // N, 1) * N
-    learning_starts = args.learning_starts + (0 if len(buffer) else run.step)  # a resumed run fills its buffer first
-    obs, _ = envs.reset(seed=env_seed(args.seed, run.step // log_every * N % 500_000))
+    learn_after = args.learning_starts
+    if len(buffer) == 0:
+        learn_after += run.step  # a run resumed without its buffer acts by its policy, but fills the buffer first
+    obs, _ = envs.reset(seed=train_seed(args.seed, run.step // log_every * N))  # other episodes in a resumed run
     buffer.start(obs)
     done = np.zeros(N, bool)
     score = np.zeros(N)  # return so far of the running episodes
@@ -246,7 +250,7 @@ def train(args: Args) -> dict:
 
         # Optimise once per train_frequency of these N steps.
         for t in range(step - N + 1, step + 1):
-            if t > learning_starts and t % args.train_frequency == 0:
+            if t > learn_after and t % args.train_frequency == 0:
                 batch = buffer.sample(args.batch_size, device)
                 noise = agent.draw_noise()
                 target_noise = target.draw_noise()
@@ -266,7 +270,7 @@ def train(args: Args) -> dict:
     return run.finish(evaluate(agent, args, run.dir))
 
 
-# Defaults beside those of Args: of the first family that names the environment, or the kind of its spaces.
+# Defaults in place of those of Args: of the first family that names the environment, or else of its kind of spaces.
 FAMILIES = {
     "CartPole": dict(learning_rate=2e-3),
     "Acrobot MountainCar": dict(
@@ -566,6 +570,11 @@ def pick_device(name: str, obs_space: Space) -> torch.device:
 def env_seed(seed: int, offset: int = 0) -> int:
     """Each run has a million seeds; environment i of a vector takes the i-th after this one, so no two share any."""
     return (1_000_000 * seed + offset) % (2**31 - 1)  # ALE takes no larger one
+
+
+def train_seed(seed: int, offset: int) -> int:
+    """A seed of the first half of the run's million, for environments to learn in; the second is for the evaluation."""
+    return env_seed(seed, offset % 500_000)
 
 
 def make_envs(env_id: str, num_envs: int, env_kwargs: str = "", render: bool = False) -> gym.vector.VectorEnv:
@@ -939,7 +948,10 @@ def read_config(folder: Path) -> dict:
                 raise TypeError(f"{name} is {value}")
     except FileNotFoundError as error:
         raise Refusal(f"{folder} holds no run to resume") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except KeyError as error:
+        told = f"{path} is damaged or another script's, for it has no {error}"
+        raise Refusal(f"{told}; start the run anew in another --run-dir") from error
+    except (OSError, ValueError, TypeError) as error:
         raise Refusal(f"{path} is damaged; start the run anew in another --run-dir") from error
     return arguments
 

@@ -6,8 +6,8 @@
 # ///
 """NPG: natural policy gradient, found by conjugate gradient.
 
-Kakade 2001, and Rajeswaran et al. 2017, arXiv:1703.02660. Child of a2c.py: a policy step measured by how far the policy
-moves, not by how far its parameters do. The critic is fitted apart from it.
+Kakade 2001, A natural policy gradient; Rajeswaran et al. 2017, arXiv:1703.02660. Child of a2c.py: a policy step
+measured by how far the policy moves, not by how far its parameters do. The critic is fitted apart from it.
 
     theta <- theta + alpha F^-1 g    with  g = E[grad log pi(a|s) A]  and  F = E[grad log pi(a|s) grad log pi(a|s)^T]
     V minimises  E[(V - R)^2]
@@ -17,10 +17,11 @@ F is the Fisher matrix of the policy. A is estimated by GAE(lambda) under the ol
     python algos/npg.py --env-id CartPole-v1       # 500 after 100,000 steps
     python algos/npg.py --env-id HalfCheetah-v5    # 5,500 after 1M steps
 
-Not in the papers: step sizes fall to 0, damping I is added to F, rewards, advantages and (on MuJoCo) observations are
-normalised, layers start orthogonal, and actions in [-1, 1] are scaled to the bounds of the environment.
+As in Kakade, alpha is given; Rajeswaran et al. take sqrt(delta / g^T F^-1 g), and trpo.py something like it. Not in the
+papers: step sizes fall to 0, damping I is added to F, rewards, advantages and (on MuJoCo) observations are normalised,
+layers start orthogonal, and actions in [-1, 1] are scaled to the bounds of the environment.
 
-Read to the end of train(); what follows the ruler is the same in every script.
+Read to the end of train(); what follows the ruler is plumbing that the scripts share.
 """
 
 import argparse
@@ -89,7 +90,7 @@ class Args:
     resume: str = ""  # run directory to continue; a finished run is only evaluated again
 
     def __post_init__(self) -> None:
-        minimum = dict(seed=0, torch_threads=0, num_steps=4, log_std_init=-20)  # of 4 steps at least 2 are no resets
+        minimum = dict(seed=0, torch_threads=0, num_steps=4, log_std_init=-20)  # 2 of 4 are no resets: std() needs 2
         check_ranges(self, minimum, maximum=dict(gamma=1, gae_lambda=1))
         check_batch(self.num_envs * self.num_steps, self.total_timesteps, self.num_minibatches)
 
@@ -149,18 +150,18 @@ class Agent(nn.Module):
 
 
 def compute_gae(rewards: Tensor, values: Tensor, terminated: Tensor, done: Tensor, gamma: float, lam: float) -> Tensor:
-    """Advantages (T, N) from rewards, terminated and done (T, N) and values (T + 1, N); arXiv:1506.02438.
+    """Advantages (T, N) from rewards, terminated and done (T, N) and values (T + 1, N); GAE, arXiv:1506.02438.
 
     A termination stops the bootstrap; an end of either kind (done = terminated or truncated) stops the trace.
     """
-    deltas = rewards + gamma * values[1:] * ~terminated - values[:-1]  # PPO eq. 12
+    deltas = rewards + gamma * values[1:] * ~terminated - values[:-1]  # GAE eq. 11
     decays = gamma * lam * (~done).to(deltas.dtype)
     deltas = deltas.numpy(force=True)  # in numpy the loop runs 40 times as fast
     decays = decays.numpy(force=True)
     advantages = np.zeros_like(deltas)
     trace = np.zeros_like(deltas[0])
     for t in reversed(range(len(deltas))):
-        trace = deltas[t] + decays[t] * trace  # PPO eq. 11
+        trace = deltas[t] + decays[t] * trace  # GAE eq. 16
         advantages[t] = trace
     return torch.from_numpy(advantages).to(rewards.device)
 
@@ -168,7 +169,7 @@ def compute_gae(rewards: Tensor, values: Tensor, terminated: Tensor, done: Tenso
 def surrogate(old: Distribution, new: Distribution, batch: dict[str, Tensor]) -> Tensor:
     """E[pi(a|s) / pi_old(a|s) A] () on a batch with one transition per row; at pi_old its gradient is g."""
     ratio = (new.log_prob(batch["actions"]) - old.log_prob(batch["actions"])).exp()
-    return (ratio * batch["advantages"]).mean()  # TRPO eq. 14
+    return (ratio * batch["advantages"]).mean()  # eq. 14 of TRPO, arXiv:1502.05477
 
 
 def flat_gradient(y: Tensor, parameters: list[nn.Parameter], **options: bool) -> Tensor:
@@ -179,7 +180,7 @@ def flat_gradient(y: Tensor, parameters: list[nn.Parameter], **options: bool) ->
 
 @torch.no_grad()
 def copy_to_parameters(vector: Tensor, parameters: list[nn.Parameter]) -> None:
-    """The numbers of a vector (P,) into the parameters, which stay tensors of their own."""
+    """Copy a vector (P,) into the parameters; PyTorch's vector_to_parameters would make them views of it."""
     sizes = [parameter.numel() for parameter in parameters]
     for parameter, part in zip(parameters, vector.split(sizes)):
         parameter.copy_(part.view_as(parameter))
@@ -247,7 +248,7 @@ def natural_gradient_step(agent: Agent, batch: dict[str, Tensor], alpha: float, 
     with torch.no_grad():
         new = agent.policy(agent.encoder(obs))
         kl = mean_kl(old, new)
-        gain = surrogate(old, new, batch) - batch["advantages"].mean()
+        gain = surrogate(old, new, batch) - batch["advantages"].mean()  # at pi_old the ratio is 1
     return dict(entropy=old.entropy().mean(), approx_kl=kl, surrogate_gain=gain)
 
 
@@ -276,7 +277,7 @@ def train(args: Args) -> dict:
     T = args.num_steps
     num_iterations = args.total_timesteps // (N * T)
     first_iteration = run.step // (N * T)
-    obs, _ = envs.reset(seed=env_seed(args.seed, first_iteration * N % 500_000))
+    obs, _ = envs.reset(seed=train_seed(args.seed, first_iteration * N))  # other episodes in a resumed run
     done = np.zeros(N, bool)
     score = np.zeros(N)  # return so far of the running episodes
     discounted = np.zeros(N)  # the same, discounted, of the rewards that are learned from
@@ -339,7 +340,7 @@ def train(args: Args) -> dict:
     return run.finish(evaluate(agent, args, run.dir))
 
 
-# Defaults beside those of Args: of the first family that names the environment, or the kind of its spaces.
+# Defaults in place of those of Args: of the first family that names the environment, or else of its kind of spaces.
 FAMILIES = {
     "Pendulum": dict(num_steps=512, num_minibatches=16, gamma=0.9, eval_episodes=100),
     "Acrobot MountainCar": dict(
@@ -608,6 +609,11 @@ def pick_device(name: str, obs_space: Space) -> torch.device:
 def env_seed(seed: int, offset: int = 0) -> int:
     """Each run has a million seeds; environment i of a vector takes the i-th after this one, so no two share any."""
     return (1_000_000 * seed + offset) % (2**31 - 1)  # ALE takes no larger one
+
+
+def train_seed(seed: int, offset: int) -> int:
+    """A seed of the first half of the run's million, for environments to learn in; the second is for the evaluation."""
+    return env_seed(seed, offset % 500_000)
 
 
 def make_envs(env_id: str, num_envs: int, env_kwargs: str = "", render: bool = False) -> gym.vector.VectorEnv:
@@ -981,7 +987,10 @@ def read_config(folder: Path) -> dict:
                 raise TypeError(f"{name} is {value}")
     except FileNotFoundError as error:
         raise Refusal(f"{folder} holds no run to resume") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except KeyError as error:
+        told = f"{path} is damaged or another script's, for it has no {error}"
+        raise Refusal(f"{told}; start the run anew in another --run-dir") from error
+    except (OSError, ValueError, TypeError) as error:
         raise Refusal(f"{path} is damaged; start the run anew in another --run-dir") from error
     return arguments
 

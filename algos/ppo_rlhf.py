@@ -10,8 +10,8 @@ Child of ppo_clip.py: tokens are actions, the text so far is the state, and a mo
 
     max E[r(x, y) - beta log(pi(y|x) / pi_ref(y|x))]    with  P(y > y') = sigmoid(r(x, y) - r(x, y'))
 
-Phases: learn to write (pi_ref), let people choose between pairs, fit r to their choices, then PPO of the actor pi with
-a critic. The reference pi_ref is frozen and stands in the reward. It is not pi_old of the ratio, which wrote this
+Phases: learn to write (pi_ref), let people choose one of each pair, fit r to their choices, then PPO of the actor pi
+with a critic. The reference pi_ref is frozen and stands in the reward. It is not pi_old of the ratio, which wrote this
 batch. Nothing is differentiated through r: this is the score function's gradient, no pathwise derivative.
 
     python algos/ppo_rlhf.py --env-id reviews    # true reward 5.5 after 100,000 tokens, from -1.3
@@ -19,10 +19,12 @@ batch. Nothing is differentiated through r: this is the score function's gradien
     python algos/ppo_rlhf.py --env-id reviews --model lvwerra/gpt2-imdb --prompts stanfordnlp/imdb \\
         --reward-model lvwerra/distilbert-imdb
 
-The people are a formula that judges reviews of hotels, with noise; so the true reward of any text is known. Not in the
-papers: a small transformer, values are not clipped, and the evaluation samples, for a prompt has one likeliest text.
+The people are a formula that judges reviews of hotels, with noise; so the true reward of any text is known. The
+evaluation samples, for a prompt has one likeliest text. Not in the papers: a small transformer, normalised advantages,
+clipped gradients, and that a response which does not end loses --missing-eos-penalty. In the code of Ziegler et al.,
+but not here: values are clipped.
 
-Read to the end of train(); what follows the ruler is the same in every script.
+Read to the end of train(); what follows the ruler is plumbing that the scripts share.
 """
 
 import argparse
@@ -144,14 +146,14 @@ class RewardModel(nn.Module):
 
 
 class KLController(nn.Module):
-    """beta, which moves towards the KL wanted by a fifth at most in kl_horizon responses (Ziegler, section 2.2)."""
+    """beta, which follows the KL's error by a fifth at most in kl_horizon responses (Ziegler et al., section 2.2)."""
 
     def __init__(self, args: Args) -> None:
         super().__init__()
         self.register_buffer("beta", torch.tensor(args.kl_coef))
 
     def update(self, kl: Tensor, num_responses: int, args: Args) -> None:
-        """Adapt beta to the KL per response () that was measured on so many of them."""
+        """Adapt beta to the mean KL () of num_responses responses."""
         error = (kl / args.target_kl - 1).clamp(-0.2, 0.2)
         self.beta = self.beta * (1 + error * num_responses / args.kl_horizon)
 
@@ -195,18 +197,18 @@ def token_rewards(scores: Tensor, log_ratio: Tensor, mask: Tensor, beta: float |
 
 
 def compute_gae(rewards: Tensor, values: Tensor, terminated: Tensor, done: Tensor, gamma: float, lam: float) -> Tensor:
-    """Advantages (T, N) from rewards, terminated and done (T, N) and values (T + 1, N); arXiv:1506.02438.
+    """Advantages (T, N) from rewards, terminated and done (T, N) and values (T + 1, N); GAE, arXiv:1506.02438.
 
     A termination stops the bootstrap; an end of either kind (done = terminated or truncated) stops the trace.
     """
-    deltas = rewards + gamma * values[1:] * ~terminated - values[:-1]  # PPO eq. 12
+    deltas = rewards + gamma * values[1:] * ~terminated - values[:-1]  # GAE eq. 11
     decays = gamma * lam * (~done).to(deltas.dtype)
     deltas = deltas.numpy(force=True)  # in numpy the loop runs 40 times as fast
     decays = decays.numpy(force=True)
     advantages = np.zeros_like(deltas)
     trace = np.zeros_like(deltas[0])
     for t in reversed(range(len(deltas))):
-        trace = deltas[t] + decays[t] * trace  # PPO eq. 11
+        trace = deltas[t] + decays[t] * trace  # GAE eq. 16
         advantages[t] = trace
     return torch.from_numpy(advantages).to(rewards.device)
 
@@ -223,7 +225,7 @@ def policy_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Minus PPO's clipped surrogate over the tokens of a minibatch, and what to log.
 
-    Sums are divided by num_tokens, those of the batch per minibatch: so each token of the batch counts as much.
+    Sums are divided by num_tokens, the batch's tokens over the number of minibatches: so every token weighs the same.
     """
     T = args.max_new_tokens
     mask = batch["real"][:, -T:]
@@ -356,7 +358,7 @@ def train(args: Args) -> dict:
             controller.update(kl, N, args)
 
         texts = texts_of(tokens, real, tokenizer)
-        gold = task.rewards(texts, ended, proxy)
+        gold = task.rewards(texts, ended, proxy)  # the true rewards, for the log: nothing is learned from them
         run.episode_returns += gold.tolist()
         metrics = dict(
             proxy_reward=proxy.mean(), gold_reward=gold.mean(), kl=kl, objective=proxy.mean() - beta * kl,
@@ -373,7 +375,7 @@ def train(args: Args) -> dict:
     return run.finish(evaluate(actor, reference, reward_model, tokenizer, task, args) | phases.numbers)
 
 
-# Defaults beside those of Args: of the task or, with --model, of models that have learned to write already.
+# Defaults in place of those of Args: of the task or, with --model, of models that have learned to write already.
 FAMILIES = {
     "reviews": dict(),
     "Hugging-Face": dict(
@@ -1296,7 +1298,10 @@ def read_config(folder: Path) -> dict:
                 raise TypeError(f"{name} is {value}")
     except FileNotFoundError as error:
         raise Refusal(f"{folder} holds no run to resume") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except KeyError as error:
+        told = f"{path} is damaged or another script's, for it has no {error}"
+        raise Refusal(f"{told}; start the run anew in another --run-dir") from error
+    except (OSError, ValueError, TypeError) as error:
         raise Refusal(f"{path} is damaged; start the run anew in another --run-dir") from error
     return arguments
 

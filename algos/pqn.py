@@ -22,7 +22,7 @@ truncated and at the last of the T steps. Several epochs of minibatches then min
 Not in the paper: the initial weights are PyTorch's, and the layers of a CNN are normalised over channels and pixels
 together, not pixel by pixel.
 
-Read to the end of train(); what follows the ruler is the same in every script.
+Read to the end of train(); what follows the ruler is plumbing that the scripts share.
 """
 
 import argparse
@@ -95,7 +95,7 @@ class Args:
 def with_layer_norm(network: nn.Sequential) -> nn.Sequential:
     """The network with LayerNorm between each layer and its activation."""
     layers = []
-    for layer in network[:-1]:
+    for layer in network[:-1]:  # the last one is an activation or the output: no LayerNorm follows it
         layers.append(layer)
         if isinstance(layer, nn.Linear):
             layers.append(nn.LayerNorm(layer.out_features))
@@ -150,7 +150,7 @@ def lambda_returns(
     discounts = gamma * ~terminated.numpy(force=True)
     traces = lam * ~done.numpy(force=True)
     returns = np.zeros_like(next_values)
-    R = next_values[-1]  # behind the last step, all that is known is Q
+    R = next_values[-1]  # after the last step, all that is known is Q
     for t in reversed(range(len(rewards))):
         bootstrap = traces[t] * R + (1 - traces[t]) * next_values[t]
         R = rewards[t] + discounts[t] * bootstrap
@@ -186,7 +186,7 @@ def train(args: Args) -> dict:
 
     num_iterations = args.total_timesteps // (N * T)
     first_iteration = run.step // (N * T)
-    obs, _ = envs.reset(seed=env_seed(args.seed, first_iteration * N % 500_000))
+    obs, _ = envs.reset(seed=train_seed(args.seed, first_iteration * N))  # other episodes in a resumed run
     done = np.zeros(N, bool)
     score = np.zeros(N)  # return so far of the running episodes
 
@@ -240,7 +240,7 @@ def train(args: Args) -> dict:
     return run.finish(evaluate(agent, args, run.dir))
 
 
-# Defaults beside those of Args: of the first family that names the environment, or the kind of its spaces.
+# Defaults in place of those of Args: of the first family that names the environment, or else of its kind of spaces.
 FAMILIES = {
     "Acrobot MountainCar": dict(total_timesteps=300_000, exploration_fraction=0.5, compile=True, eval_episodes=100),
     "LunarLander": dict(total_timesteps=1_000_000, exploration_fraction=0.5, compile=True),
@@ -469,6 +469,11 @@ def pick_device(name: str, obs_space: Space) -> torch.device:
 def env_seed(seed: int, offset: int = 0) -> int:
     """Each run has a million seeds; environment i of a vector takes the i-th after this one, so no two share any."""
     return (1_000_000 * seed + offset) % (2**31 - 1)  # ALE takes no larger one
+
+
+def train_seed(seed: int, offset: int) -> int:
+    """A seed of the first half of the run's million, for environments to learn in; the second is for the evaluation."""
+    return env_seed(seed, offset % 500_000)
 
 
 def make_envs(env_id: str, num_envs: int, env_kwargs: str = "", render: bool = False) -> gym.vector.VectorEnv:
@@ -842,7 +847,10 @@ def read_config(folder: Path) -> dict:
                 raise TypeError(f"{name} is {value}")
     except FileNotFoundError as error:
         raise Refusal(f"{folder} holds no run to resume") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except KeyError as error:
+        told = f"{path} is damaged or another script's, for it has no {error}"
+        raise Refusal(f"{told}; start the run anew in another --run-dir") from error
+    except (OSError, ValueError, TypeError) as error:
         raise Refusal(f"{path} is damaged; start the run anew in another --run-dir") from error
     return arguments
 

@@ -10,20 +10,20 @@ Schaul et al. 2016, arXiv:1511.05952. Child of double_dqn.py: replay in proporti
 undo what this does to the mean of the gradient, wholly at the end of the run.
 
     delta = r + gamma Q_target(s', argmax_a' Q(s', a')) - Q(s, a)
-    P(i) = p_i^alpha / sum_k p_k^alpha    with  p_i = |delta_i| + eps  from when i was last replayed
+    P(i) = p_i^alpha / sum_k p_k^alpha    with  p_i = |delta_i| + eps  of the last time that i was replayed
     L = mean_i w_i delta_i^2    with  w_i = (M P(i))^-beta / max_j w_j  and i drawn with probability P(i)
 
-What was not replayed yet has the largest priority so far, and the maximum is over all M transitions in the buffer. The
-policy is epsilon-greedy in Q, and Q_target is a copy of Q, renewed now and then.
+A transition that was not replayed yet has the largest priority so far. The maximum over j is over all M transitions in
+the buffer. The policy is epsilon-greedy in Q, and Q_target is a copy of Q, renewed now and then.
 
     python algos/prioritized_dqn.py --env-id CartPole-v1       # 500 after 50,000 steps
     python algos/prioritized_dqn.py --env-id LunarLander-v3    # trains 300,000 steps
 
-Not in the paper: Adam in place of RMSprop, a step size that falls to 0, and one clipped gradient in place of clipped
-errors, which would move the minimum away from the mean. All periods count single steps, so that several environments
-learn as often as one.
+Not in the paper: Adam in place of RMSprop, a step size that falls to 0, and clipping of the gradient's norm in place of
+the errors, for with clipped errors the minimum is not the mean. All periods count single steps, so that several
+environments learn as often as one.
 
-Read to the end of train(); what follows the ruler is the same in every script.
+Read to the end of train(); what follows the ruler is plumbing that the scripts share.
 """
 
 import argparse
@@ -221,8 +221,10 @@ def train(args: Args) -> dict:
     run = Run(args, agent=agent, target=target, optimizer=optimizer, buffer=buffer, priorities=priorities)
 
     log_every = max(args.log_every // N, 1) * N
-    learning_starts = args.learning_starts + (0 if len(buffer) else run.step)  # a resumed run fills its buffer first
-    obs, _ = envs.reset(seed=env_seed(args.seed, run.step // log_every * N % 500_000))
+    learn_after = args.learning_starts
+    if len(buffer) == 0:
+        learn_after += run.step  # a run resumed without its buffer acts by its policy, but fills the buffer first
+    obs, _ = envs.reset(seed=train_seed(args.seed, run.step // log_every * N))  # other episodes in a resumed run
     buffer.start(obs)
     priorities.start(buffer)
     done = np.zeros(N, bool)
@@ -232,7 +234,7 @@ def train(args: Args) -> dict:
     for step in range(run.step + N, args.total_timesteps + 1, N):
         progress = (step - N) / args.total_timesteps
         agent.epsilon = linear_schedule(args.start_e, args.end_e, args.exploration_fraction, progress)
-        beta = linear_schedule(args.importance_exponent, 1, 1, progress)
+        beta = linear_schedule(args.importance_exponent, end=1, duration=1, t=progress)
         if args.anneal_lr:
             anneal(optimizer, 1 - progress)
 
@@ -250,9 +252,10 @@ def train(args: Args) -> dict:
 
         # Optimise once per train_frequency of these N steps.
         for t in range(step - N + 1, step + 1):
-            if t > learning_starts and t % args.train_frequency == 0:
+            if t > learn_after and t % args.train_frequency == 0:
                 places = priorities.draw(args.batch_size)
-                batch = buffer.gather(places // N, places % N, device)
+                rows, env_ids = np.divmod(places, N)
+                batch = buffer.gather(rows, env_ids, device)
                 batch["weights"] = to_tensor(priorities.weights(places, beta), device)
                 gradients, metrics = critic_gradients(agent, target, batch, args)
                 descend(optimizer, gradients)
@@ -271,7 +274,7 @@ def train(args: Args) -> dict:
     return run.finish(evaluate(agent, args, run.dir))
 
 
-# Defaults beside those of Args: of the first family that names the environment, or the kind of its spaces.
+# Defaults in place of those of Args: of the first family that names the environment, or else of its kind of spaces.
 FAMILIES = {
     "Acrobot MountainCar": dict(
         total_timesteps=100_000, train_frequency=1, target_network_frequency=250, learning_rate=6.3e-4, end_e=0.1,
@@ -619,6 +622,11 @@ def pick_device(name: str, obs_space: Space) -> torch.device:
 def env_seed(seed: int, offset: int = 0) -> int:
     """Each run has a million seeds; environment i of a vector takes the i-th after this one, so no two share any."""
     return (1_000_000 * seed + offset) % (2**31 - 1)  # ALE takes no larger one
+
+
+def train_seed(seed: int, offset: int) -> int:
+    """A seed of the first half of the run's million, for environments to learn in; the second is for the evaluation."""
+    return env_seed(seed, offset % 500_000)
 
 
 def make_envs(env_id: str, num_envs: int, env_kwargs: str = "", render: bool = False) -> gym.vector.VectorEnv:
@@ -992,7 +1000,10 @@ def read_config(folder: Path) -> dict:
                 raise TypeError(f"{name} is {value}")
     except FileNotFoundError as error:
         raise Refusal(f"{folder} holds no run to resume") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except KeyError as error:
+        told = f"{path} is damaged or another script's, for it has no {error}"
+        raise Refusal(f"{told}; start the run anew in another --run-dir") from error
+    except (OSError, ValueError, TypeError) as error:
         raise Refusal(f"{path} is damaged; start the run anew in another --run-dir") from error
     return arguments
 

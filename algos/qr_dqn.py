@@ -8,7 +8,7 @@
 
 Dabney et al. 2018, arXiv:1710.10044. Child of dqn.py: quantiles of the return in place of its mean Q. So a network
 learns how returns spread, too, and needs no bounds for them. theta_i(s, a) is the return's quantile at the level
-tau_i = (i + 1/2) / n, i = 0 ... n - 1, and Q(s, a) is the mean of these. theta minimises
+tau_i = (i + 1/2) / n, i = 0 ... n - 1 (tau-hat in the paper), and Q(s, a) is the mean of these. theta minimises
 
     L = E[sum_i mean_j rho(tau_i, r + gamma theta_target,j(s', a') - theta_i(s, a))]
         with  rho(tau, u) = |tau - 1{u < 0}| L_kappa(u) / kappa    and  a' = argmax Q_target(s', .)
@@ -19,11 +19,12 @@ theta_target is a copy of theta that is renewed now and then.
     python algos/qr_dqn.py --env-id CartPole-v1    # 500 after 50,000 steps
     python algos/qr_dqn.py --env-id Acrobot-v1     # trains 100,000 steps
 
-Not in the paper: the division by kappa (of later papers; nothing changes at kappa = 1), a step size that falls to 0,
-clipped gradients, fewer than 200 quantiles where they are enough, and kappa = 10 on CartPole, whose returns reach 100.
-All periods count single steps, so that several environments learn as often as one.
+Not in the paper: Adam's eps (1e-5, there 0.01 / 32), the division by kappa (of later papers; nothing changes at
+kappa = 1), a step size that falls to 0, clipped gradients, fewer than 200 quantiles where they are enough, and
+kappa = 10 on CartPole, whose returns reach 100. All periods count single steps, so that several environments learn as
+often as one.
 
-Read to the end of train(); what follows the ruler is the same in every script.
+Read to the end of train(); what follows the ruler is plumbing that the scripts share.
 """
 
 import argparse
@@ -154,7 +155,7 @@ def quantile_huber(quantiles: Tensor, targets: Tensor, kappa: float) -> Tensor:
     """The loss of quantiles theta_i (B, n) of a distribution that the targets y_j (B, m) are drawn from."""
     n = quantiles.shape[-1]
     i = torch.arange(n, dtype=quantiles.dtype, device=quantiles.device)
-    tau = ((i + 0.5) / n)[:, None]  # lemma 2
+    tau = ((i + 0.5) / n)[:, None]  # tau-hat of lemma 2
     u = targets[:, None, :] - quantiles[:, :, None]  # (B, i, j)
     huber = F.huber_loss(u, torch.zeros_like(u), reduction="none", delta=kappa)  # L_kappa, eq. 9
     rho = torch.where(u < 0, 1 - tau, tau) * huber / kappa  # eq. 10
@@ -197,8 +198,10 @@ def train(args: Args) -> dict:
     run = Run(args, agent=agent, target=target, optimizer=optimizer, buffer=buffer)
 
     log_every = max(args.log_every // N, 1) * N
-    learning_starts = args.learning_starts + (0 if len(buffer) else run.step)  # a resumed run fills its buffer first
-    obs, _ = envs.reset(seed=env_seed(args.seed, run.step // log_every * N % 500_000))
+    learn_after = args.learning_starts
+    if len(buffer) == 0:
+        learn_after += run.step  # a run resumed without its buffer acts by its policy, but fills the buffer first
+    obs, _ = envs.reset(seed=train_seed(args.seed, run.step // log_every * N))  # other episodes in a resumed run
     buffer.start(obs)
     done = np.zeros(N, bool)
     score = np.zeros(N)  # return so far of the running episodes
@@ -223,7 +226,7 @@ def train(args: Args) -> dict:
 
         # Optimise once per train_frequency of these N steps.
         for t in range(step - N + 1, step + 1):
-            if t > learning_starts and t % args.train_frequency == 0:
+            if t > learn_after and t % args.train_frequency == 0:
                 batch = buffer.sample(args.batch_size, device)
                 gradients, metrics = critic_gradients(agent, target, batch, args)
                 descend(optimizer, gradients)
@@ -241,7 +244,7 @@ def train(args: Args) -> dict:
     return run.finish(evaluate(agent, args, run.dir))
 
 
-# Defaults beside those of Args: of the first family that names the environment, or the kind of its spaces.
+# Defaults in place of those of Args: of the first family that names the environment, or else of its kind of spaces.
 FAMILIES = {
     "CartPole": dict(kappa=10.0, compile=True),
     "Acrobot MountainCar": dict(
@@ -551,6 +554,11 @@ def pick_device(name: str, obs_space: Space) -> torch.device:
 def env_seed(seed: int, offset: int = 0) -> int:
     """Each run has a million seeds; environment i of a vector takes the i-th after this one, so no two share any."""
     return (1_000_000 * seed + offset) % (2**31 - 1)  # ALE takes no larger one
+
+
+def train_seed(seed: int, offset: int) -> int:
+    """A seed of the first half of the run's million, for environments to learn in; the second is for the evaluation."""
+    return env_seed(seed, offset % 500_000)
 
 
 def make_envs(env_id: str, num_envs: int, env_kwargs: str = "", render: bool = False) -> gym.vector.VectorEnv:
@@ -924,7 +932,10 @@ def read_config(folder: Path) -> dict:
                 raise TypeError(f"{name} is {value}")
     except FileNotFoundError as error:
         raise Refusal(f"{folder} holds no run to resume") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except KeyError as error:
+        told = f"{path} is damaged or another script's, for it has no {error}"
+        raise Refusal(f"{told}; start the run anew in another --run-dir") from error
+    except (OSError, ValueError, TypeError) as error:
         raise Refusal(f"{path} is damaged; start the run anew in another --run-dir") from error
     return arguments
 

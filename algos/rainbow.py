@@ -19,13 +19,14 @@ values out to the atoms, Q is the mean of Z, and noise on the weights explores i
 
 The flags of the parts are --double, --dueling, --prioritized, --n-steps (1 leaves it out), --noisy (without it,
 epsilon-greedy) and --distributional (without it, squared TD errors). With the parts and hyperparameters of a script it
-learns as that script does; dueling_dqn.py and prioritized_dqn.py have --double, too. Behind the ruler stand NoisyMLP of
+learns as that script does; dueling_dqn.py and prioritized_dqn.py have --double, too. After the ruler come NoisyMLP of
 noisy_dqn.py and Priorities of prioritized_dqn.py.
 
-Not in the paper: a step size that falls to 0, atoms for each family of environments, and on vectors streams of one
-hidden layer that share another. All periods count single steps, so that several environments learn as often as one.
+Not in the paper: Adam's eps (1e-5, there 1.5e-4), the eps in P (and alpha is omega there), a step size that falls to 0,
+atoms for each family of environments, and a plain dense layer that the streams share. All periods count single steps,
+so that several environments learn as often as one.
 
-Read to the end of train(); what follows the ruler is the same in every script.
+Read to the end of train(); what follows the ruler is plumbing that the scripts share.
 """
 
 import argparse
@@ -127,7 +128,7 @@ class Agent(nn.Module):
         self.num_atoms = args.num_atoms if args.distributional else 1
         self.encoder, width = make_encoder(obs_space)
         hidden = [] if is_image(obs_space) else [args.hidden_size, args.hidden_size]
-        if args.dueling or args.noisy:  # on plain features, which the streams share
+        if args.dueling or args.noisy:  # the streams stand on a plain dense layer, with which encoders of images end
             hidden = [args.hidden_size]
             if not is_image(obs_space):
                 self.encoder = nn.Sequential(self.encoder, nn.Linear(width, args.hidden_size), nn.ReLU())
@@ -175,7 +176,7 @@ class Agent(nn.Module):
 
     @torch.no_grad()
     def act(self, obs: np.ndarray, greedy: bool = False) -> np.ndarray:
-        """The actions of largest Q or, unless greedy, with fresh noise or random ones with probability epsilon."""
+        """The actions of largest Q; unless greedy, with fresh noise in it or, without noisy layers, epsilon-greedy."""
         noise = None if greedy else self.draw_noise()
         values = self(to_tensor(obs, next(self.parameters()).device), noise)
         actions = values.argmax(-1).numpy(force=True)
@@ -199,7 +200,7 @@ def td_target(rewards: Tensor, terminated: Tensor, next_values: Tensor, gamma: f
 def n_step_batch(
     buffer: "ReplayBuffer", rows: np.ndarray, envs: np.ndarray, n: int, gamma: float, device: torch.device
 ) -> dict[str, Tensor]:
-    """Transitions (B, ...) of n steps or, up to an end or the newest step, fewer; from these rows and envs (B,).
+    """Transitions (B, ...) that start at these rows and envs (B,): n steps, or fewer up to an end or the newest step.
 
     Of m steps, `rewards` is the discounted sum, `terminated` and `next_obs` are those of the last one, and `discounts`
     is gamma^m.
@@ -210,14 +211,14 @@ def n_step_batch(
     head = int(buffer.t) % buffer.num_rows  # this row has the newest observation, but no step yet
     steps_to_head = (head - rows) % buffer.num_rows
     usable = buffer.valid[window] & (k < steps_to_head[:, None])
-    belongs = np.logical_and.accumulate(usable, axis=1)  # for after an end comes a reset, which is not valid
+    belongs = np.logical_and.accumulate(usable, axis=1)  # up to an end: the step after it is a reset, so not valid
     m = belongs.sum(1)
     last = (rows + m - 1) % buffer.num_rows
 
     batch = dict(
         obs=buffer.obs[rows, envs],
         actions=buffer.actions[rows, envs],
-        rewards=(gamma**k * buffer.rewards[window] * belongs).sum(1).astype(np.float32),  # eq. 2
+        rewards=(gamma**k * buffer.rewards[window] * belongs).sum(1).astype(np.float32),  # Rainbow eq. 2
         terminated=buffer.terminated[last, envs],
         next_obs=buffer.obs[(last + 1) % buffer.num_rows, envs],
         discounts=(gamma**m).astype(np.float32),
@@ -238,11 +239,12 @@ def project(p: Tensor, rewards: Tensor, terminated: Tensor, support: Tensor, gam
     """
     num_atoms = len(support)
     delta_z = (support[-1] - support[0]) / (num_atoms - 1)
-    y = td_target(rewards, terminated, support[:, None], gamma).T  # T z_j (B, atoms)
+    # With z as a column, rewards, terminated and gamma (B,) broadcast along it: T z_j comes out as (atoms, B).
+    y = td_target(rewards, terminated, support[:, None], gamma).T  # (B, atoms)
     b = ((y - support[0]) / delta_z).clamp(0, num_atoms - 1)  # in units of delta_z, where rounding loses no mass
     i = torch.arange(num_atoms, device=support.device)
     shares = (1 - (b[:, None, :] - i[:, None]).abs()).clamp(0, 1)  # of atom i in T z_j (B, i, j)
-    return (shares * p[:, None, :]).sum(-1)  # eq. 7
+    return (shares * p[:, None, :]).sum(-1)  # C51 eq. 7
 
 
 def critic_loss(
@@ -299,8 +301,10 @@ def train(args: Args) -> dict:
     run = Run(args, agent=agent, target=target, optimizer=optimizer, buffer=buffer, priorities=priorities)
 
     log_every = max(args.log_every // N, 1) * N
-    learning_starts = args.learning_starts + (0 if len(buffer) else run.step)  # a resumed run fills its buffer first
-    obs, _ = envs.reset(seed=env_seed(args.seed, run.step // log_every * N % 500_000))
+    learn_after = args.learning_starts
+    if len(buffer) == 0:
+        learn_after += run.step  # a run resumed without its buffer acts by its policy, but fills the buffer first
+    obs, _ = envs.reset(seed=train_seed(args.seed, run.step // log_every * N))  # other episodes in a resumed run
     buffer.start(obs)
     priorities.start(buffer)
     done = np.zeros(N, bool)
@@ -311,7 +315,7 @@ def train(args: Args) -> dict:
         progress = (step - N) / args.total_timesteps
         if not args.noisy:
             agent.epsilon = linear_schedule(args.start_e, args.end_e, args.exploration_fraction, progress)
-        beta = linear_schedule(args.importance_exponent, 1, 1, progress)
+        beta = linear_schedule(args.importance_exponent, end=1, duration=1, t=progress)
         if args.anneal_lr:
             anneal(optimizer, 1 - progress)
 
@@ -329,7 +333,7 @@ def train(args: Args) -> dict:
 
         # Optimise once per train_frequency of these N steps.
         for t in range(step - N + 1, step + 1):
-            if t > learning_starts and t % args.train_frequency == 0:
+            if t > learn_after and t % args.train_frequency == 0:
                 if args.prioritized:
                     places = priorities.draw(args.batch_size)
                     weights = priorities.weights(places, beta)
@@ -358,7 +362,7 @@ def train(args: Args) -> dict:
     return run.finish(evaluate(agent, args, run.dir))
 
 
-# Defaults beside those of Args: of the first family that names the environment, or the kind of its spaces.
+# Defaults in place of those of Args: of the first family that names the environment, or else of its kind of spaces.
 FAMILIES = {
     "CartPole": dict(learning_rate=2e-3, v_min=0.0, compile=True),
     "Acrobot MountainCar": dict(
@@ -498,6 +502,7 @@ class NoisyLinear(nn.Module):
         return e_in, e_out
 
     def forward(self, x: Tensor, noise: tuple[Tensor, Tensor] | None) -> Tensor:
+        """(B, n_out) of x (B, n_in), with the same noise for all rows or with none."""
         if noise is None:
             return self.mu(x)
         e_in, e_out = noise
@@ -521,6 +526,7 @@ class NoisyMLP(nn.Module):
         return [layer.draw_noise() for layer in self.layers]
 
     def forward(self, x: Tensor, noise: list[tuple[Tensor, Tensor]] | None) -> Tensor:
+        """(B, sizes[-1]) of x (B, sizes[0]), with the same noise for all rows or with none."""
         for i, layer in enumerate(self.layers):
             if i > 0:
                 x = self.activation(x)
@@ -806,6 +812,11 @@ def pick_device(name: str, obs_space: Space) -> torch.device:
 def env_seed(seed: int, offset: int = 0) -> int:
     """Each run has a million seeds; environment i of a vector takes the i-th after this one, so no two share any."""
     return (1_000_000 * seed + offset) % (2**31 - 1)  # ALE takes no larger one
+
+
+def train_seed(seed: int, offset: int) -> int:
+    """A seed of the first half of the run's million, for environments to learn in; the second is for the evaluation."""
+    return env_seed(seed, offset % 500_000)
 
 
 def make_envs(env_id: str, num_envs: int, env_kwargs: str = "", render: bool = False) -> gym.vector.VectorEnv:
@@ -1179,7 +1190,10 @@ def read_config(folder: Path) -> dict:
                 raise TypeError(f"{name} is {value}")
     except FileNotFoundError as error:
         raise Refusal(f"{folder} holds no run to resume") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except KeyError as error:
+        told = f"{path} is damaged or another script's, for it has no {error}"
+        raise Refusal(f"{told}; start the run anew in another --run-dir") from error
+    except (OSError, ValueError, TypeError) as error:
         raise Refusal(f"{path} is damaged; start the run anew in another --run-dir") from error
     return arguments
 

@@ -9,20 +9,21 @@
 Williams 1992, Simple statistical gradient-following algorithms for connectionist reinforcement learning; Sutton & Barto
 2018, ch. 13. Root of the policy gradients: each gradient step learns from one whole episode of each of N environments.
 
-    grad J = E[sum_t (G_t - b_t) grad log pi(a_t|s_t)] + c2 grad E[H(pi)]
+    grad J = E[sum_t (G_t - b_t) grad log pi(a_t|s_t) + c2 grad H(pi(.|s_t))]
 
-G_t is the reward-to-go or, with --weight return, the whole return G_0. The baseline b_t is V(s_t), which minimises
-c1 E[(V - G)^2]; with --baseline mean it is the mean of the other episodes, with --baseline none it is 0.
+G_t is the reward-to-go or, with --weight return, the whole return G_0. The baseline b_t is V(s_t), or V(s_0) for G_0;
+V minimises c1 E[(V - reward-to-go)^2]. With --baseline mean, b_t is the mean of G over all steps of the other episodes,
+with --baseline none it is 0.
 
     python algos/reinforce.py --env-id CartPole-v1    # 500 after 200,000 steps
 
-Not in the book: the gradient is divided by the number of steps, which changes its length alone, and G - b by its root
-mean square, to which c2 then is relative. There is no gamma^t before G_t, rewards and (on MuJoCo) observations are
-normalised, gradients are clipped, layers start orthogonal, and actions in [-1, 1] are scaled to the bounds of the
-environment. An episode that is cut, by a time limit, --horizon or the end of the budget, goes on with V(s_T) if V is
-learned, and else just ends.
+Not in the book: Adam, a step size that falls to 0, and a gradient divided by the number of steps, which changes its
+length alone. G - b is divided by its root mean square, so c2 weighs the entropy against weights of size 1. There is no
+gamma^t before G_t, rewards and (on MuJoCo) observations are normalised, gradients are clipped, layers start orthogonal,
+and actions in [-1, 1] are scaled to the bounds of the environment. An episode that is cut, by a time limit, --horizon
+or the end of the budget, goes on with V(s_T) if V is learned, and else just ends.
 
-Read to the end of train(); what follows the ruler is the same in every script.
+Read to the end of train(); what follows the ruler is plumbing that the scripts share.
 """
 
 import argparse
@@ -203,7 +204,7 @@ def train(args: Args) -> dict:
     run = Run(args, agent=agent, optimizer=optimizer)
 
     N = args.num_envs
-    envs.reset(seed=env_seed(args.seed, run.step % 500_000))  # a resumed run goes on with other episodes
+    envs.reset(seed=train_seed(args.seed, run.step))  # other episodes in a resumed run
 
     while run.step + N <= args.total_timesteps:
         if args.anneal_lr:
@@ -264,7 +265,7 @@ def train(args: Args) -> dict:
     return run.finish(evaluate(agent, args, run.dir))
 
 
-# Defaults beside those of Args: of the first family that names the environment, or the kind of its spaces.
+# Defaults in place of those of Args: of the first family that names the environment, or else of its kind of spaces.
 FAMILIES = {
     "Pendulum": dict(gamma=0.9, eval_episodes=100),
     "Acrobot MountainCar": dict(total_timesteps=300_000, num_envs=16, norm_obs=True, eval_episodes=100),
@@ -514,6 +515,11 @@ def pick_device(name: str, obs_space: Space) -> torch.device:
 def env_seed(seed: int, offset: int = 0) -> int:
     """Each run has a million seeds; environment i of a vector takes the i-th after this one, so no two share any."""
     return (1_000_000 * seed + offset) % (2**31 - 1)  # ALE takes no larger one
+
+
+def train_seed(seed: int, offset: int) -> int:
+    """A seed of the first half of the run's million, for environments to learn in; the second is for the evaluation."""
+    return env_seed(seed, offset % 500_000)
 
 
 def make_envs(env_id: str, num_envs: int, env_kwargs: str = "", render: bool = False) -> gym.vector.VectorEnv:
@@ -887,7 +893,10 @@ def read_config(folder: Path) -> dict:
                 raise TypeError(f"{name} is {value}")
     except FileNotFoundError as error:
         raise Refusal(f"{folder} holds no run to resume") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except KeyError as error:
+        told = f"{path} is damaged or another script's, for it has no {error}"
+        raise Refusal(f"{told}; start the run anew in another --run-dir") from error
+    except (OSError, ValueError, TypeError) as error:
         raise Refusal(f"{path} is damaged; start the run anew in another --run-dir") from error
     return arguments
 

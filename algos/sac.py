@@ -15,14 +15,15 @@ need be added and no targets smoothed.
 pi is the tanh of a Gaussian. alpha moves to where the entropy of pi is -dim(A). Q'_1 and Q'_2 follow Q_1 and Q_2
 slowly.
 
-    python algos/sac.py --env-id Pendulum-v1       # -141 after 20,000 steps
-    python algos/sac.py --env-id HalfCheetah-v5    # 6,700 after 100,000 of 1M steps
+    python algos/sac.py --env-id Pendulum-v1                                # -141 after 20,000 steps
+    python algos/sac.py --env-id HalfCheetah-v5 --total-timesteps 100000    # 6,700
 
 As in the authors' code, pi is a density on [-1, 1]; its actions are then scaled to the bounds of the environment, and
-without bounds there is nothing to scale to. Not in the paper: the first learning_starts actions are uniform. All
-periods count single steps, so that several environments learn as often as one.
+without bounds there is nothing to scale to. Not in the paper: alpha is learned through its logarithm, step sizes are
+larger (3e-4 there), and the first learning_starts actions are uniform. All periods count single steps, so that several
+environments learn as often as one.
 
-Read to the end of train(); what follows the ruler is the same in every script.
+Read to the end of train(); what follows the ruler is plumbing that the scripts share.
 """
 
 import argparse
@@ -125,15 +126,15 @@ class Agent(nn.Module):
         self.actor = Actor(obs_space, num_actions, args)
         self.critic1 = Critic(obs_space, num_actions, args)
         self.critic2 = Critic(obs_space, num_actions, args)
-        self.log_alpha = nn.Parameter(torch.zeros(()))
+        self.log_alpha = nn.Parameter(torch.zeros(()))  # its logarithm, so that steps keep alpha positive
 
     def sample(self, obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Actions tanh(u) (B, D) with u = mean + std * noise, and their log pi (B,), stable for any u (app. C)."""
+        """Actions tanh(u) (B, D) with u = mean + std * noise and log pi (B,) (app. C), in a form stable for any u."""
         mean, log_std = self.actor(obs)
         u = mean + log_std.exp() * noise
         log_density = -noise.square() / 2 - log_std - math.log(2 * math.pi) / 2  # of u
         log_slope = 2 * (math.log(2) - u - F.softplus(-2 * u))  # log(1 - tanh(u)^2)
-        return u.tanh(), (log_density - log_slope).sum(-1)  # eq. 21
+        return u.tanh(), (log_density - log_slope).sum(-1)  # eq. 26
 
     @torch.no_grad()
     def act(self, obs: np.ndarray, greedy: bool = False) -> np.ndarray:
@@ -220,8 +221,10 @@ def train(args: Args) -> dict:
     )  # fmt: skip
 
     log_every = max(args.log_every // N, 1) * N
-    learning_starts = args.learning_starts + (0 if len(buffer) else run.step)  # a resumed run fills its buffer first
-    obs, _ = envs.reset(seed=env_seed(args.seed, run.step // log_every * N % 500_000))
+    learn_after = args.learning_starts
+    if len(buffer) == 0:
+        learn_after += run.step  # a run resumed without its buffer acts by its policy, but fills the buffer first
+    obs, _ = envs.reset(seed=train_seed(args.seed, run.step // log_every * N))  # other episodes in a resumed run
     buffer.start(obs)
     done = np.zeros(N, bool)
     score = np.zeros(N)  # return so far of the running episodes
@@ -242,7 +245,7 @@ def train(args: Args) -> dict:
 
         # Optimise once per train_frequency of these N steps.
         for t in range(step - N + 1, step + 1):
-            if t <= learning_starts or t % args.train_frequency != 0:
+            if t <= learn_after or t % args.train_frequency != 0:
                 continue
             batch = buffer.sample(args.batch_size, device)
             batch["noise"] = torch.randn(args.batch_size, D, device=device)
@@ -267,7 +270,7 @@ def train(args: Args) -> dict:
     return run.finish(evaluate(agent, args, run.dir))
 
 
-# Defaults beside those of Args: of the first family that names the environment, or the kind of its spaces.
+# Defaults in place of those of Args: of the first family that names the environment, or else of its kind of spaces.
 FAMILIES = {
     "LunarLanderContinuous BipedalWalker BipedalWalkerHardcore": dict(
         total_timesteps=300_000, learning_starts=10_000, batch_size=256, compile=True, eval_episodes=20,
@@ -569,6 +572,11 @@ def speed_up_matmul(device: torch.device) -> None:
 def env_seed(seed: int, offset: int = 0) -> int:
     """Each run has a million seeds; environment i of a vector takes the i-th after this one, so no two share any."""
     return (1_000_000 * seed + offset) % (2**31 - 1)  # ALE takes no larger one
+
+
+def train_seed(seed: int, offset: int) -> int:
+    """A seed of the first half of the run's million, for environments to learn in; the second is for the evaluation."""
+    return env_seed(seed, offset % 500_000)
 
 
 def make_envs(env_id: str, num_envs: int, env_kwargs: str = "", render: bool = False) -> gym.vector.VectorEnv:
@@ -942,7 +950,10 @@ def read_config(folder: Path) -> dict:
                 raise TypeError(f"{name} is {value}")
     except FileNotFoundError as error:
         raise Refusal(f"{folder} holds no run to resume") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except KeyError as error:
+        told = f"{path} is damaged or another script's, for it has no {error}"
+        raise Refusal(f"{told}; start the run anew in another --run-dir") from error
+    except (OSError, ValueError, TypeError) as error:
         raise Refusal(f"{path} is damaged; start the run anew in another --run-dir") from error
     return arguments
 

@@ -14,14 +14,15 @@ that waits for them. So errors of the critics are not taken for value.
 
 Q'_1, Q'_2 and mu' follow Q_1, Q_2 and mu slowly.
 
-    python algos/td3.py --env-id Pendulum-v1       # -143 after 20,000 steps
-    python algos/td3.py --env-id HalfCheetah-v5    # 5,700 after 100,000 of 1M steps
+    python algos/td3.py --env-id Pendulum-v1                                # -143 after 20,000 steps
+    python algos/td3.py --env-id HalfCheetah-v5 --total-timesteps 100000    # 5,700
 
-Not in the paper: mu', an average of the last mu, is what is evaluated. The first learning_starts actions are uniform.
+As in the paper, the first learning_starts actions are uniform. Not in the paper: mu', a running average of mu, is what
+is evaluated; layers and batches have other sizes, and on HalfCheetah tau and the exploration noise are twice as large.
 All periods count single steps, so that several environments learn as often as one. Noise is added to actions in
 [-1, 1], which are scaled to the bounds of the environment; without bounds there is nothing to scale to.
 
-Read to the end of train(); what follows the ruler is the same in every script.
+Read to the end of train(); what follows the ruler is plumbing that the scripts share.
 """
 
 import argparse
@@ -203,8 +204,10 @@ def train(args: Args) -> dict:
     )  # fmt: skip
 
     log_every = max(args.log_every // N, 1) * N
-    learning_starts = args.learning_starts + (0 if len(buffer) else run.step)  # a resumed run fills its buffer first
-    obs, _ = envs.reset(seed=env_seed(args.seed, run.step // log_every * N % 500_000))
+    learn_after = args.learning_starts
+    if len(buffer) == 0:
+        learn_after += run.step  # a run resumed without its buffer acts by its policy, but fills the buffer first
+    obs, _ = envs.reset(seed=train_seed(args.seed, run.step // log_every * N))  # other episodes in a resumed run
     buffer.start(obs)
     done = np.zeros(N, bool)
     score = np.zeros(N)  # return so far of the running episodes
@@ -225,7 +228,7 @@ def train(args: Args) -> dict:
 
         # Optimise once per train_frequency of these N steps.
         for t in range(step - N + 1, step + 1):
-            if t <= learning_starts or t % args.train_frequency != 0:
+            if t <= learn_after or t % args.train_frequency != 0:
                 continue
             updates = t // args.train_frequency
             batch = buffer.sample(args.batch_size, device)
@@ -249,7 +252,7 @@ def train(args: Args) -> dict:
     return run.finish(evaluate(target, args, run.dir))  # mu' is steadier than mu
 
 
-# Defaults beside those of Args: of the first family that names the environment, or the kind of its spaces.
+# Defaults in place of those of Args: of the first family that names the environment, or else of its kind of spaces.
 FAMILIES = {
     "LunarLanderContinuous BipedalWalker BipedalWalkerHardcore": dict(
         total_timesteps=300_000, learning_starts=10_000, batch_size=256, compile=True, eval_episodes=20,
@@ -555,6 +558,11 @@ def speed_up_matmul(device: torch.device) -> None:
 def env_seed(seed: int, offset: int = 0) -> int:
     """Each run has a million seeds; environment i of a vector takes the i-th after this one, so no two share any."""
     return (1_000_000 * seed + offset) % (2**31 - 1)  # ALE takes no larger one
+
+
+def train_seed(seed: int, offset: int) -> int:
+    """A seed of the first half of the run's million, for environments to learn in; the second is for the evaluation."""
+    return env_seed(seed, offset % 500_000)
 
 
 def make_envs(env_id: str, num_envs: int, env_kwargs: str = "", render: bool = False) -> gym.vector.VectorEnv:
@@ -928,7 +936,10 @@ def read_config(folder: Path) -> dict:
                 raise TypeError(f"{name} is {value}")
     except FileNotFoundError as error:
         raise Refusal(f"{folder} holds no run to resume") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except KeyError as error:
+        told = f"{path} is damaged or another script's, for it has no {error}"
+        raise Refusal(f"{told}; start the run anew in another --run-dir") from error
+    except (OSError, ValueError, TypeError) as error:
         raise Refusal(f"{path} is damaged; start the run anew in another --run-dir") from error
     return arguments
 

@@ -4,7 +4,7 @@
 #   "ale-py==0.12.1", "MinAtar==1.0.15", "tyro==1.0.17", "tqdm==4.70.1", "filelock==3.20.0", "moviepy==2.2.1",
 #   "wandb==0.31.0"]
 # ///
-"""TD prediction: the value V(s) of a fixed policy by a neural network, from Monte-Carlo or TD(n) targets.
+"""TD prediction: the value V(s) of a fixed policy by a neural network, from Monte-Carlo or n-step TD targets.
 
 Sutton & Barto 2018, Reinforcement learning: an introduction, ch. 9 and sec. 7.1. From every state s of an episode
 
@@ -25,7 +25,7 @@ Not in the book: an episode is learned from when it has ended, also with TD; a g
 Adam, and a step size that falls to 0. The score is minus the error: |V - v| in each state of the random walk, whose
 values v are known, and elsewhere |V(s_0) - G| in fresh episodes, where G is the whole return.
 
-Read to the end of train(); what follows the ruler is the same in every script.
+Read to the end of train(); what follows the ruler is plumbing that the scripts share.
 """
 
 import argparse
@@ -128,7 +128,7 @@ def make_policy(args: Args, obs_space: Space, action_space: Space, device: torch
 def n_step_rows(
     states: list[np.ndarray], rewards: list[float], terminated: bool, n: int, gamma: float
 ) -> list[dict[str, np.ndarray]]:
-    """A row to learn from for each state of an episode but the last: of T + 1 states and T rewards.
+    """One row to learn from per step of an episode, which has T + 1 states and T rewards.
 
     A row has the discounted sum of the next m rewards, the state after them and its weight gamma^m in the target, where
     m is n or, near the end of the episode, what is left of it. At the end a termination stops the bootstrap.
@@ -181,7 +181,7 @@ def train(args: Args) -> dict:
     run = Run(args, agent=agent, optimizer=optimizer)
 
     log_every = max(args.log_every // N, 1) * N
-    obs, _ = envs.reset(seed=env_seed(args.seed, run.step // log_every * N % 500_000))
+    obs, _ = envs.reset(seed=train_seed(args.seed, run.step // log_every * N))  # other episodes in a resumed run
     done = np.zeros(N, bool)
     score = np.zeros(N)  # return so far of the running episodes
     states = [[] for _ in range(N)]  # of the running episodes
@@ -230,7 +230,7 @@ def train(args: Args) -> dict:
     return run.finish(evaluate_values(agent, policy, args, run.dir))
 
 
-# Defaults beside those of Args: of the first family that names the environment, or the kind of its spaces.
+# Defaults in place of those of Args: of the first family that names the environment, or else of its kind of spaces.
 FAMILIES = {
     "CartPole Acrobot MountainCar MountainCarContinuous Pendulum": dict(
         total_timesteps=200_000, learning_rate=1e-3, gamma=0.99,
@@ -452,6 +452,11 @@ def pick_device(name: str, obs_space: Space) -> torch.device:
 def env_seed(seed: int, offset: int = 0) -> int:
     """Each run has a million seeds; environment i of a vector takes the i-th after this one, so no two share any."""
     return (1_000_000 * seed + offset) % (2**31 - 1)  # ALE takes no larger one
+
+
+def train_seed(seed: int, offset: int) -> int:
+    """A seed of the first half of the run's million, for environments to learn in; the second is for the evaluation."""
+    return env_seed(seed, offset % 500_000)
 
 
 def make_envs(env_id: str, num_envs: int, env_kwargs: str = "", render: bool = False) -> gym.vector.VectorEnv:
@@ -834,7 +839,10 @@ def read_config(folder: Path) -> dict:
                 raise TypeError(f"{name} is {value}")
     except FileNotFoundError as error:
         raise Refusal(f"{folder} holds no run to resume") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except KeyError as error:
+        told = f"{path} is damaged or another script's, for it has no {error}"
+        raise Refusal(f"{told}; start the run anew in another --run-dir") from error
+    except (OSError, ValueError, TypeError) as error:
         raise Refusal(f"{path} is damaged; start the run anew in another --run-dir") from error
     return arguments
 

@@ -18,11 +18,11 @@ g is the gradient of L and F the Fisher matrix. A is estimated by GAE(lambda) un
     python algos/trpo.py --env-id CartPole-v1       # 500 after 100,000 steps
     python algos/trpo.py --env-id HalfCheetah-v5    # 5,600 after 1M steps
 
-Not in the paper: A comes from GAE (arXiv:1506.02438) and a critic, damping I is added to F, rewards, advantages and
-(on MuJoCo) observations are normalised, layers start orthogonal, and actions in [-1, 1] are scaled to the bounds of the
-environment.
+Not in the paper: A comes from GAE (arXiv:1506.02438) and a critic, whose step size falls to 0; damping I is added to F,
+rewards, advantages and (on MuJoCo) observations are normalised, layers start orthogonal, and actions in [-1, 1] are
+scaled to the bounds of the environment.
 
-Read to the end of train(); what follows the ruler is the same in every script.
+Read to the end of train(); what follows the ruler is plumbing that the scripts share.
 """
 
 import argparse
@@ -66,7 +66,7 @@ class Args:
     anneal_lr: bool = True  # let the step size fall linearly to 0
     gamma: float = 0.99  # discount
     gae_lambda: float = 0.95  # lambda of GAE, from 0 (one-step TD) to 1 (Monte Carlo)
-    target_kl: float = 0.01  # KL(old || new) to aim at in each iteration
+    target_kl: float = 0.01  # delta (d in PPO), KL(old || new) in each iteration: to aim at or, in TRPO, its bound
     line_search_steps: int = 10  # lengths of the step to try, each 0.8 of the last, before the policy stays as it is
     cg_iterations: int = 10  # iterations of conjugate gradient, at most
     damping: float = 0.01  # added to the diagonal of the Fisher matrix
@@ -92,7 +92,7 @@ class Args:
     resume: str = ""  # run directory to continue; a finished run is only evaluated again
 
     def __post_init__(self) -> None:
-        minimum = dict(seed=0, torch_threads=0, num_steps=4, log_std_init=-20)  # of 4 steps at least 2 are no resets
+        minimum = dict(seed=0, torch_threads=0, num_steps=4, log_std_init=-20)  # 2 of 4 are no resets: std() needs 2
         check_ranges(self, minimum, maximum=dict(gamma=1, gae_lambda=1))
         check_batch(self.num_envs * self.num_steps, self.total_timesteps, self.num_minibatches)
 
@@ -152,18 +152,18 @@ class Agent(nn.Module):
 
 
 def compute_gae(rewards: Tensor, values: Tensor, terminated: Tensor, done: Tensor, gamma: float, lam: float) -> Tensor:
-    """Advantages (T, N) from rewards, terminated and done (T, N) and values (T + 1, N); arXiv:1506.02438.
+    """Advantages (T, N) from rewards, terminated and done (T, N) and values (T + 1, N); GAE, arXiv:1506.02438.
 
     A termination stops the bootstrap; an end of either kind (done = terminated or truncated) stops the trace.
     """
-    deltas = rewards + gamma * values[1:] * ~terminated - values[:-1]  # PPO eq. 12
+    deltas = rewards + gamma * values[1:] * ~terminated - values[:-1]  # GAE eq. 11
     decays = gamma * lam * (~done).to(deltas.dtype)
     deltas = deltas.numpy(force=True)  # in numpy the loop runs 40 times as fast
     decays = decays.numpy(force=True)
     advantages = np.zeros_like(deltas)
     trace = np.zeros_like(deltas[0])
     for t in reversed(range(len(deltas))):
-        trace = deltas[t] + decays[t] * trace  # PPO eq. 11
+        trace = deltas[t] + decays[t] * trace  # GAE eq. 16
         advantages[t] = trace
     return torch.from_numpy(advantages).to(rewards.device)
 
@@ -171,7 +171,7 @@ def compute_gae(rewards: Tensor, values: Tensor, terminated: Tensor, done: Tenso
 def surrogate(old: Distribution, new: Distribution, batch: dict[str, Tensor]) -> Tensor:
     """E[pi(a|s) / pi_old(a|s) A] () on a batch with one transition per row; at pi_old its gradient is g."""
     ratio = (new.log_prob(batch["actions"]) - old.log_prob(batch["actions"])).exp()
-    return (ratio * batch["advantages"]).mean()  # TRPO eq. 14
+    return (ratio * batch["advantages"]).mean()  # eq. 14 of TRPO, arXiv:1502.05477
 
 
 def flat_gradient(y: Tensor, parameters: list[nn.Parameter], **options: bool) -> Tensor:
@@ -182,7 +182,7 @@ def flat_gradient(y: Tensor, parameters: list[nn.Parameter], **options: bool) ->
 
 @torch.no_grad()
 def copy_to_parameters(vector: Tensor, parameters: list[nn.Parameter]) -> None:
-    """The numbers of a vector (P,) into the parameters, which stay tensors of their own."""
+    """Copy a vector (P,) into the parameters; PyTorch's vector_to_parameters would make them views of it."""
     sizes = [parameter.numel() for parameter in parameters]
     for parameter, part in zip(parameters, vector.split(sizes)):
         parameter.copy_(part.view_as(parameter))
@@ -257,7 +257,7 @@ def trust_region_step(agent: Agent, batch: dict[str, Tensor], args: Args) -> dic
             copy_to_parameters(theta + fraction * full_step, parameters)
             new = agent.policy(agent.encoder(obs))
             kl = mean_kl(old, new)
-            gain = surrogate(old, new, batch) - batch["advantages"].mean()
+            gain = surrogate(old, new, batch) - batch["advantages"].mean()  # L - L_old: at pi_old the ratio is 1
             if kl <= args.target_kl and gain > 0:  # not if they are NaN, as they are without curvature
                 break
         else:
@@ -294,7 +294,7 @@ def train(args: Args) -> dict:
     T = args.num_steps
     num_iterations = args.total_timesteps // (N * T)
     first_iteration = run.step // (N * T)
-    obs, _ = envs.reset(seed=env_seed(args.seed, first_iteration * N % 500_000))
+    obs, _ = envs.reset(seed=train_seed(args.seed, first_iteration * N))  # other episodes in a resumed run
     done = np.zeros(N, bool)
     score = np.zeros(N)  # return so far of the running episodes
     discounted = np.zeros(N)  # the same, discounted, of the rewards that are learned from
@@ -356,7 +356,7 @@ def train(args: Args) -> dict:
     return run.finish(evaluate(agent, args, run.dir))
 
 
-# Defaults beside those of Args: of the first family that names the environment, or the kind of its spaces.
+# Defaults in place of those of Args: of the first family that names the environment, or else of its kind of spaces.
 FAMILIES = {
     "Pendulum": dict(num_steps=512, num_minibatches=16, gamma=0.9, eval_episodes=100),
     "Acrobot MountainCar": dict(
@@ -625,6 +625,11 @@ def pick_device(name: str, obs_space: Space) -> torch.device:
 def env_seed(seed: int, offset: int = 0) -> int:
     """Each run has a million seeds; environment i of a vector takes the i-th after this one, so no two share any."""
     return (1_000_000 * seed + offset) % (2**31 - 1)  # ALE takes no larger one
+
+
+def train_seed(seed: int, offset: int) -> int:
+    """A seed of the first half of the run's million, for environments to learn in; the second is for the evaluation."""
+    return env_seed(seed, offset % 500_000)
 
 
 def make_envs(env_id: str, num_envs: int, env_kwargs: str = "", render: bool = False) -> gym.vector.VectorEnv:
@@ -998,7 +1003,10 @@ def read_config(folder: Path) -> dict:
                 raise TypeError(f"{name} is {value}")
     except FileNotFoundError as error:
         raise Refusal(f"{folder} holds no run to resume") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except KeyError as error:
+        told = f"{path} is damaged or another script's, for it has no {error}"
+        raise Refusal(f"{told}; start the run anew in another --run-dir") from error
+    except (OSError, ValueError, TypeError) as error:
         raise Refusal(f"{path} is damaged; start the run anew in another --run-dir") from error
     return arguments
 

@@ -21,27 +21,29 @@ README_SCORES = 3  # at most so many for each script
 README_CURVES = ("HalfCheetah-v5", 1_000_000)
 README_NOTE = """\
 Score: interquartile mean over seeds, in brackets the best published one, whatever its protocol, of several seeds if
-there is one. Speed: steps per second over those of the fastest peer in stable-baselines3, sb3-contrib and SBX (JAX),
-the least ratio that was measured; what rests on several runs, but for qr_dqn, is older than the present form of the
-scripts. All scores with their intervals, sources and curves are in [benchmark/RESULTS.md](benchmark/RESULTS.md).
+there is one. Speed: steps per second over those of the fastest peer that was measured, of stable-baselines3,
+sb3-contrib and SBX (JAX). All scores with their intervals, sources and curves are in
+[benchmark/RESULTS.md](benchmark/RESULTS.md).
 """
 ABOUT = """\
 # Results
 
 <!-- `python -m benchmark report` writes this file: what is changed by hand gets lost. -->
 
-A score is the mean return of episodes that the trained policy plays in fresh environments without exploring; DDPG and
-TD3 play their target policy, an average of the last ones. Language models are sampled, and td_prediction is scored by
-its error (see below). Each row is the interquartile mean over training runs that differ only in their seed, with its
-95% interval in brackets (stratified bootstrap, Agarwal et al. 2021); no hyperparameter was tuned on these seeds.
+A score is the mean return of the episodes that the trained policy plays in fresh environments without exploring, 100 of
+them on Acrobot, MountainCar and Pendulum and 20 elsewhere; DDPG and TD3 play their target policy, a running average.
+Language models are sampled, and td_prediction is scored by its error (see below). Each row is the interquartile mean
+over training runs that differ only in their seed, with its 95% interval in brackets (stratified bootstrap, Agarwal et
+al. 2021). Hyperparameters were tuned on other seeds; those of n_step_dqn once more after a failure on these, see below.
 `python -m benchmark run --suite mujoco` trains the rows of a suite again and prints them as here, and `--algo`, `--env`
 and `--seeds` choose among its runs.
 
 The last columns judge the score and its whole interval. PASS: not below the bar, with all seeds of the suite; short:
 not below it, with fewer; open: the interval holds the bar; FAIL: below it. Bars and published scores with their sources
-are in [`references.csv`](references.csv), the score and the curve of every seed in [`baselines/`](baselines). Steps per
-second in this table are of runs side by side; the comparison of speed at the end had the machine to itself. There, what
-rests on two runs beside another project, but for qr_dqn, was measured before the scripts took their present form.
+are in [`references.csv`](references.csv), and a bar without a source is ours; the score and the curve of every seed are
+in [`baselines/`](baselines). Steps per second in this table are of runs side by side; the comparison of speed at the
+end had the machine to itself. There, our time includes compilation, which takes longest in a first round, and
+[`speed.json`](baselines/speed.json) has a hash of the texts that ran.
 """
 PAPER = """\
 The experiment of the PPO paper (section 6.1) with these scripts: mean return of the last 100 training episodes after 1M
@@ -59,7 +61,7 @@ there. An environment enters the table when every setting has been run there:
 `python -m benchmark run --suite ppo_paper`.
 """
 MUJOCO_TEXT = """\
-All environments of MuJoCo at a million steps taken together, as Agarwal et al. (2021) recommend: 0 is the random
+HalfCheetah, Hopper and Walker2d at a million steps taken together, as Agarwal et al. (2021) recommend: 0 is the random
 policy, 1 the best score over several seeds that was published of any of our algorithms there. IQM is the interquartile
 mean over all runs; the other columns give the chance that a run of the row's algorithm beats one of the column's on the
 same environment, with 95% intervals. The picture shows how many runs come above a score, with bands of 95% at each.
@@ -73,7 +75,9 @@ seed gives the same numbers to the last bit if the run is not interrupted, excep
 each other. Elsewhere the last bits differ and after them whole runs, but not what many seeds have in common.
 
 Script is the beginning of the hash of the script's text: `git cat-file -p HASH` prints it, and
-`git log --find-object HASH` names the commit that brought it. A run that was begun with another text has none.
+`git log --find-object HASH` names the commit that brought it. A run that was begun with another text has none. Texts
+change more often than results, in comments for instance: `python -m benchmark check --suite SUITE --neutral COMMIT`
+says whether today's scripts do what those of a commit did.
 """
 
 MEASURES = {  # by suite: title, what is said of the numbers beside the score, and the picture if there is one
@@ -86,12 +90,14 @@ The demonstrator is the heuristic that comes with the environment, and demonstra
 that it shows. A clone is taught by these alone; DAgger sees one, and then lets the demonstrator label its own.
 """, IMITATION),
     "language": ("Language models", """\
-Means over responses of the final evaluation, whose names are those of result.json: the score, the true reward, before
-training (eval_before), if the reward model chooses the best of 16 responses of the reference (eval_best_of_16), and
-after training; the reward model's view of the last (eval_proxy), the KL to the reference per response in nats, and the
-shares of texts that end and that are different. taste_accuracy is how often people choose what is truly better, where a
-tie counts as one of two chances, rm_accuracy how often the reward model foresees their choice on pairs that it was not
-fitted to. The bars are ours: nobody has published scores of this task.
+Interquartile means over seeds of numbers in result.json, each a mean over the responses of the final evaluation. score
+is the true reward after training, for grpo the share of problems solved; eval_before is the same before training,
+eval_best_of_16 that of the response which the reward model likes best of 16 of the reference. After training,
+eval_proxy is what the reward model gives, eval_kl the KL to the reference per response in nats, and eval_ended and
+eval_distinct are the shares of texts that end and that are different. sft_loss is the reference's loss at the end of
+its training. taste_accuracy is how often people choose what is truly better, where a tie counts as one of two chances,
+rm_accuracy how often the reward model foresees their choice on pairs that it was not fitted to. The bars are ours:
+nobody has published scores of these tasks.
 """, LANGUAGE),
 }  # fmt: skip
 

@@ -114,6 +114,11 @@ def read_result(run_dir: Path) -> dict | None:
     return result
 
 
+def refusal_code(cell: Cell) -> int:
+    """The exit code with which a script says that its input is bad; torchrun does not pass it on."""
+    return 1 if cell.algo in TORCHRUN else 2
+
+
 def is_damaged(run_dir: Path) -> bool:
     """Whether a run that was interrupted cannot be continued, because config.json or checkpoint.pt cannot be read."""
     checkpoint = run_dir / "checkpoint.pt"
@@ -330,7 +335,7 @@ def run_cells(cells: list[Cell], workers: int, out: Path, launcher: Local) -> li
             for cell, code in ended.items():
                 next_look = 0.0
                 run_dir = out / cell.name
-                if code == 2 and cell not in afresh and is_damaged(run_dir):
+                if code == refusal_code(cell) and cell not in afresh and is_damaged(run_dir):
                     afresh.add(cell)
                     waiting.append(cell)
                     tell(f"{cell.name} is damaged and starts afresh; its files are kept in {run_dir / 'damaged'}")

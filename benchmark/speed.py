@@ -153,7 +153,7 @@ def measure(
 ) -> dict:
     """Measure what the file lacks of so many rounds; returns what it holds, raw, for any statistic to be taken from.
 
-    `pythons` are the interpreters of the peers. Kept rounds count if they are of the same script and options; those
+    `pythons` are the interpreters of the peers. Kept rounds count if they are of the same scripts and options; those
     of another machine or other versions are dropped.
     """
     here = machine()
@@ -168,15 +168,18 @@ def measure(
     with one_core():
         for task, kind in [(each, kind) for each in tasks for kind in each.peers.split()]:
             key = f"{task.script} {kind} {task.env_id}"
+            library, name = kind.split(".")
             script = ALGOS / f"{task.script}.py"
-            version = hashlib.sha256(script.read_bytes()).hexdigest()
+            texts = [script.read_bytes()]
+            if library == "foliorl":
+                texts.append((ALGOS / f"{name}.py").read_bytes())
+            version = hashlib.sha256(b"".join(texts)).hexdigest()
             theirs = task.at(steps) | task.extra
             what = dict(steps=steps or task.steps, options=theirs, sha256=version)
             entry = found["tasks"].get(key, {})
             if anew or any(entry.get(name) != value for name, value in what.items()):
                 entry = what | dict(ours=[], peer=[])
             ours = partial(run_ours, script, task.at(steps) | OURS)
-            library, name = kind.split(".")
             if library == "foliorl":
                 peer = partial(run_ours, ALGOS / f"{name}.py", task.at(steps) | OURS)
             else:

@@ -79,7 +79,7 @@ Author et al. 1999, a paper. Child of parent.py: the idea.
 
     python algos/small.py --env-id CartPole-v1    # 500
 
-Read to the end of train(); what follows is the same in every script.
+Read to the end of train(); what follows is plumbing that the scripts share.
 \"\"\"
 
 import torch.nn as nn
@@ -232,7 +232,7 @@ def docstring_of_the_page(page: Page) -> list[str]:
     if not parent and page.name not in ROOTS:
         faults.append("no parent and idea")
     ending = " ".join(page.docstring.split("\n\n")[-1].split())
-    if not re.fullmatch(r"Read .*to the end of train\(\); what follows .*is the same in every script\.", ending):
+    if not re.fullmatch(r"Read .*to the end of train\(\); what follows .*is plumbing that the scripts share\.", ending):
         faults.append("the last paragraph does not say how far to read")
     if len(page.docstring.splitlines()) > MAX_DOCSTRING:
         faults.append(f"the docstring has more than {MAX_DOCSTRING} lines")
@@ -364,7 +364,7 @@ FUNCTION = "def other() -> Tensor:\n    return 1\n\n\n"
         (docstring_of_the_page, "Child of", "Like", "no parent and idea"),
         (docstring_of_the_page, "parent.py: the idea.", "parent.py.", "no parent and idea"),
         (docstring_of_the_page, "Read to the end", "Read the whole", "the last paragraph does not say how far to read"),
-        (docstring_of_the_page, "every script.\n", "every script.\n\nMore.\n",
+        (docstring_of_the_page, "scripts share.\n", "scripts share.\n\nMore.\n",
          "the last paragraph does not say how far to read"),
         (docstring_of_the_page, "a paper.", "a paper." + 30 * "\n", "the docstring has more than 30 lines"),
         (one_thing_per_assignment, "first, second = second, first", "first, second = second, 0",

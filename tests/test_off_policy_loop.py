@@ -239,12 +239,12 @@ def check_copies(states, times, period, start, end, held):
 
 
 COPY = "if t % args.target_network_frequency == 0:"
-LEARN = "if t > learning_starts and t % args.train_frequency == 0:"
-SKIP = "if t <= learning_starts or t % args.train_frequency != 0:"
+LEARN = "if t > learn_after and t % args.train_frequency == 0:"
+SKIP = "if t <= learn_after or t % args.train_frequency != 0:"
 EACH = "for t in range(step - N + 1, step + 1):"
 UPDATES = "updates = t // args.train_frequency"
 DELAY = "if updates % args.policy_frequency == 0:"
-SHIFTED = "(t - learning_starts + args.learning_starts)"  # the same until the run is resumed
+SHIFTED = "(t - learn_after + args.learning_starts)"  # the same until the run is resumed
 
 
 @bugs(
@@ -256,12 +256,12 @@ SHIFTED = "(t - learning_starts + args.learning_starts)"  # the same until the r
     ("dqn", "target.load_state_dict(agent.state_dict())", "target = agent"),
     ("dqn", "target.load_state_dict(agent.state_dict())", "pass"),
     ("dqn", "copy.deepcopy(agent).requires_grad_(False)", "copy.deepcopy(agent)"),
-    ("dqn", LEARN, "if t > learning_starts and step % args.train_frequency == 0:"),
-    ("dqn", LEARN, "if t > learning_starts and step // N % args.train_frequency == 0:"),
-    ("dqn", LEARN, "if t >= learning_starts and t % args.train_frequency == 0:"),
+    ("dqn", LEARN, "if t > learn_after and step % args.train_frequency == 0:"),
+    ("dqn", LEARN, "if t > learn_after and step // N % args.train_frequency == 0:"),
+    ("dqn", LEARN, "if t >= learn_after and t % args.train_frequency == 0:"),
     ("dqn", EACH, "for t in (step,):"),
     ("dqn", EACH, "for t in range(step - N, step):"),
-    ("ddpg", SKIP, "if t <= learning_starts or step % args.train_frequency != 0:"),
+    ("ddpg", SKIP, "if t <= learn_after or step % args.train_frequency != 0:"),
     ("ddpg", SKIP, "if t < learning_starts or t % args.train_frequency != 0:"),
     ("ddpg", EACH, "for t in (step,):"),
     ("ddpg", EACH, "for t in range(step - N, step):"),

@@ -363,6 +363,12 @@ def test_a_whole_run_is_not_put_aside(bench, tmp_path, capsys, monkeypatch, code
     assert same == [kept, kept]
 
 
+def test_a_refusal_behind_torchrun():
+    """torchrun ends with 1 whatever its scripts end with; a script that is started by itself refuses with 2."""
+    assert run.refusal_code(Cell("ddppo", "Toy-v0", 100, 1)) == 1
+    assert run.refusal_code(Cell("ppo_clip", "Toy-v0", 100, 1)) == 2
+
+
 def test_a_checkpoint_of_torch_is_whole_unless_it_was_cut_or_overwritten(tmp_path):
     (tmp_path / "config.json").write_text('{"env_id": "Toy-v0"}')
     assert not run.is_damaged(tmp_path)
