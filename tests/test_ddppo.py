@@ -93,11 +93,11 @@ def test_two_processes_are_one_on_the_joined_batch(tmp_path, module):
     check_two_are_one(module, tmp_path)
 
 
-SUMS = "[num_rows * mean for mean in means] + [count]"
+SUMS = "[num_rows * mean for mean in means] + [n_w]"
 
 
 @bugs(
-    ("ddppo", SUMS, "means + [count / num_rows]"),
+    ("ddppo", SUMS, "means + [n_w / num_rows]"),
     ("ddppo", "agent.parameters(), args)\n", "agent.parameters(), args, max_norm=args.max_grad_norm)\n"),
     ("ddppo", "gather_rows(advantages[valid])", "advantages[valid]"),
     ("ddppo", 'gather_rows(batch["discounted"][valid])', 'batch["discounted"][valid]'),

@@ -262,7 +262,7 @@ SHIFTED = "(t - learn_after + args.learning_starts)"  # the same until the run i
     ("dqn", EACH, "for t in (step,):"),
     ("dqn", EACH, "for t in range(step - N, step):"),
     ("ddpg", SKIP, "if t <= learn_after or step % args.train_frequency != 0:"),
-    ("ddpg", SKIP, "if t < learning_starts or t % args.train_frequency != 0:"),
+    ("ddpg", SKIP, "if t < learn_after or t % args.train_frequency != 0:"),
     ("ddpg", EACH, "for t in (step,):"),
     ("ddpg", EACH, "for t in range(step - N, step):"),
     ("ddpg", "agent=agent, target=target", "agent=agent, target=agent"),

@@ -286,11 +286,11 @@ def test_resume(module, monkeypatch, tmp_path, save_buffer):
     assert old > 50 if save_buffer else old == 0
 
 
-RESUMED = "(0 if len(buffer) else run.step)"
+RESUMED = "    if len(buffer) == 0:\n"
 
 
 @bugs(
-    ("dqn", RESUMED, "run.step"),
+    ("dqn", RESUMED, "    if True:\n"),
     ("dqn", "args.save_buffer)\n", "False)\n"),
     ("dqn", "optimizer=optimizer, buffer", "buffer"),
     ("td3", "critic_optimizer=critic_optimizer, actor", "actor"),
@@ -302,9 +302,9 @@ def test_resume_with_the_buffer_sees(request, name, old, new):
 
 
 @bugs(
-    ("dqn", RESUMED, "0"),
+    ("dqn", RESUMED, "    if False:\n"),
     ("dqn", "args.save_buffer)\n", "True)\n"),
-    ("td3", "if step <= args.learning_starts:", "if step <= learning_starts:"),
+    ("td3", "if step <= args.learning_starts:", "if step <= learn_after:"),
 )
 def test_resume_without_the_buffer_sees(request, name, old, new):
     fails_with_a_bug(request, test_resume, name, old, new, save_buffer=False)

@@ -375,17 +375,21 @@ UPDATE = 'priorities.update(places, metrics["td_error"])'
     ("prioritized_dqn", UPDATE, 'priorities.update(places, metrics["td_error"].flip(0))'),
     ("prioritized_dqn", UPDATE, 'priorities.update(places, metrics["td_error"] * batch["weights"])'),
     ("prioritized_dqn", UPDATE, f'{DRAW}; priorities.update(places, metrics["td_error"])'),
-    ("prioritized_dqn", "buffer.gather(places // N, places % N, device)", "buffer.sample(args.batch_size, device)"),
-    ("prioritized_dqn", "linear_schedule(args.importance_exponent, 1, 1, progress)", "args.importance_exponent"),
+    ("prioritized_dqn", "buffer.gather(rows, env_ids, device)", "buffer.sample(args.batch_size, device)"),
     (
         "prioritized_dqn",
-        "linear_schedule(args.importance_exponent, 1, 1,",
-        "linear_schedule(args.importance_exponent, 1, 0.5,",
+        "linear_schedule(args.importance_exponent, end=1, duration=1, t=progress)",
+        "args.importance_exponent",
     ),
     (
         "prioritized_dqn",
-        "linear_schedule(args.importance_exponent, 1, 1,",
-        "linear_schedule(1, args.importance_exponent, 1,",
+        "linear_schedule(args.importance_exponent, end=1, duration=1,",
+        "linear_schedule(args.importance_exponent, end=1, duration=0.5,",
+    ),
+    (
+        "prioritized_dqn",
+        "linear_schedule(args.importance_exponent, end=1, duration=1,",
+        "linear_schedule(1, end=args.importance_exponent, duration=1,",
     ),
     ("prioritized_dqn", "delta.detach().abs()", "delta.detach()"),
 )
