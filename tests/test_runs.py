@@ -1153,3 +1153,17 @@ def test_tracking_offline(module, tmp_path):
 def test_a_planted_bug_is_found(request, test, name, old, new):
     """Each of these edits of a script makes the test fail."""
     fails_with_a_bug(request, test, name, old, new)
+
+
+def test_the_agent_of_the_readme(tmp_path, monkeypatch):
+    """The lines that load a trained agent do so as they stand, given a run."""
+    folder = finished_run(script("ppo_clip"), tmp_path / "run")
+    root = Path(__file__).parents[1]
+    monkeypatch.syspath_prepend(root / "algos")
+    code = re.search(r"```python\n(import ppo_clip.*?)```", (root / "README.md").read_text(), re.DOTALL)[1]
+    assert code.count("runs/") == 1
+    names = {}
+    exec(re.sub(r'"runs/[^"]*"', repr(str(folder)), code), names)
+    trained = names["torch"].load(folder / "checkpoint.pt")["agent"]
+    assert equal(leaves(names["agent"].state_dict()), leaves(trained))
+    assert names["actions"].shape == (1,)
