@@ -15,7 +15,7 @@ over transitions drawn uniformly from a replay buffer. The policy is epsilon-gre
 is renewed now and then.
 
     python algos/double_dqn.py --env-id CartPole-v1       # 500 after 50,000 steps
-    python algos/double_dqn.py --env-id LunarLander-v3    # 250 after 300,000 steps
+    python algos/double_dqn.py --env-id LunarLander-v3    # 242 after 300,000 steps
 
 Not in the paper: Adam in place of RMSprop, a step size that falls to 0, and clipping of the gradient's norm in place of
 the errors, for with clipped errors the minimum is not the mean. All periods count single steps, so that several
