@@ -375,7 +375,7 @@ FAMILIES = {
     ),
     "MinAtar/": dict(
         total_timesteps=1_000_000, num_envs=8, buffer_size=100_000, learning_starts=5000, batch_size=32,
-        train_frequency=1, target_network_frequency=1000, learning_rate=2.5e-4, anneal_lr=False, v_min=0.0,
+        train_frequency=4, target_network_frequency=1000, learning_rate=2.5e-4, anneal_lr=False, v_min=0.0,
         end_e=0.1, exploration_fraction=0.1, compile=True,
     ),
     "ALE/": dict(
