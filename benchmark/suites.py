@@ -29,13 +29,16 @@ SUITES = {
         ("trpo ppo_clip", "Pendulum-v1", 100_000, "1-10", ""),
         ("deep_sarsa", "CartPole-v1", 200_000, "1-10", ""),
         ("dqn double_dqn dueling_dqn prioritized_dqn", "CartPole-v1", 50_000, "1-10", ""),
-        ("n_step_dqn noisy_dqn c51 qr_dqn rainbow", "CartPole-v1", 50_000, "1-10", ""),
+        ("n_step_dqn noisy_dqn c51 qr_dqn", "CartPole-v1", 50_000, "1-10", ""),
         ("pqn", "CartPole-v1", 100_000, "1-10", ""),
         ("dqn double_dqn dueling_dqn n_step_dqn c51 qr_dqn rainbow", "Acrobot-v1", 100_000, "1-10", ""),
         ("dqn noisy_dqn qr_dqn", "MountainCar-v0", 120_000, "1-10", ""),
         ("ddpg td3 sac", "Pendulum-v1", 20_000, "1-10", ""),
     ],
-    "unsteady": [("ppo_clip", "FrozenLake-v1", 100_000, "1-10", "")],
+    "unsteady": [
+        ("ppo_clip", "FrozenLake-v1", 100_000, "1-10", ""),
+        ("rainbow", "CartPole-v1", 50_000, "1-10", ""),
+    ],
     "box2d": [
         ("ppo_clip", "LunarLander-v3", 1_000_000, "1-10", ""),
         ("double_dqn prioritized_dqn rainbow", "LunarLander-v3", 300_000, "1-5", ""),

@@ -416,7 +416,7 @@ LABELS = 'episode["actions"] = np.concatenate([demonstrator(obs[None]) for obs i
     ("dagger", "lambda obs: to_env(agent.act(obs, greedy=True))", "lambda obs: to_env(agent.act(obs))"),
     ("dagger", "<= args.num_labelled", "< args.num_labelled"),
     ("dagger", "if step // play_every <= args.num_labelled:", "if True:"),
-    ("dagger", "pairs.add(labelled)  # D <- D + D_i", "pairs.load_state_dict(labelled)"),
+    ("dagger", "pairs.add(labelled)", "pairs.load_state_dict(labelled)"),
     ("dagger", 'self.actions = torch.cat([self.actions, pairs["actions"]])',
      'self.actions = torch.cat([pairs["actions"], self.actions])'),
 )  # fmt: skip

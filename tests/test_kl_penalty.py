@@ -388,11 +388,12 @@ def test_a_fixed_beta_that_moves_is_seen(request, name, old, new):
     fails_with_a_bug(request, test_fixed_beta_never_moves, name, old, new)
 
 
-def test_a_new_fixed_beta_counts_in_a_resumed_run(tmp_path):
+@pytest.mark.parametrize("module", [ppo_kl], ids=["ppo_kl"])
+def test_a_new_fixed_beta_counts_in_a_resumed_run(module, tmp_path):
     """The beta of the checkpoint in place of the one on the command line, which config.json then tells of."""
-    ppo_kl.train(make_args(ppo_kl, tmp_path, **PLAIN, kl="fixed", beta=1.0))
+    module.train(make_args(module, tmp_path, **PLAIN, kl="fixed", beta=1.0))
     more = ["--total-timesteps", str(2 * N * T * ITERATIONS), "--beta", "3"]
-    ppo_kl.train(ppo_kl.parse_args(["--resume", str(tmp_path / "run"), *more]))
+    module.train(module.parse_args(["--resume", str(tmp_path / "run"), *more]))
     assert [line["beta"] for line in lines(tmp_path)] == [1.0] * ITERATIONS + [3.0] * ITERATIONS
 
 
