@@ -35,10 +35,7 @@ SUITES = {
         ("dqn noisy_dqn qr_dqn", "MountainCar-v0", 120_000, "1-10", ""),
         ("ddpg td3 sac", "Pendulum-v1", 20_000, "1-10", ""),
     ],
-    "unsteady": [
-        ("ppo_clip", "FrozenLake-v1", 100_000, "1-10", ""),
-        ("rainbow", "CartPole-v1", 50_000, "1-10", ""),
-    ],
+    "unsteady": [("ppo_clip", "FrozenLake-v1", 100_000, "1-10", ""), ("rainbow", "CartPole-v1", 50_000, "1-10", "")],
     "box2d": [
         ("ppo_clip", "LunarLander-v3", 1_000_000, "1-10", ""),
         ("double_dqn prioritized_dqn rainbow", "LunarLander-v3", 300_000, "1-5", ""),
