@@ -40,9 +40,9 @@ and `--seeds` choose among its runs.
 
 The last columns judge the score and its whole interval. PASS: not below the bar, with all seeds of the suite; short:
 not below it, with fewer; open: the interval holds the bar; FAIL: below it. Bars and published scores with their sources
-are in [`references.csv`](references.csv), and a bar without a source is ours; the score and the curve of every seed are
-in [`baselines/`](baselines). Steps per second in this table are of runs side by side; the comparison of speed at the
-end had the machine to itself. There, our time includes compilation, which takes longest in a first round, and
+are in [`references.csv`](references.csv), and a bar that no source explains is ours; the score and the curve of every
+seed are in [`baselines/`](baselines). Steps per second in this table are of runs side by side; the comparison of speed
+at the end had the machine to itself. There, our time includes compilation, which takes longest in a first round, and
 [`speed.json`](baselines/speed.json) has a hash of the texts that ran.
 """
 PAPER = """\

@@ -45,6 +45,11 @@ class Cell(NamedTuple):
         return f"{self.algo} {self.flags}".strip(), self.env_id, self.steps
 
     @property
+    def base(self) -> str:
+        """The algorithm without the hash that `check` adds."""
+        return self.algo.split("-")[0]
+
+    @property
     def name(self) -> str:
         """The name of the run directory."""
         return f"{file_name(self.row)}__{self.seed}"
@@ -116,7 +121,7 @@ def read_result(run_dir: Path) -> dict | None:
 
 def refusal_code(cell: Cell) -> int:
     """The exit code with which a script says that its input is bad; torchrun does not pass it on."""
-    return 1 if cell.algo in TORCHRUN else 2
+    return 1 if cell.base in TORCHRUN else 2
 
 
 def is_damaged(run_dir: Path) -> bool:
@@ -193,14 +198,13 @@ def progress(run_dir: Path) -> tuple[int, float | None]:
 def command(cell: Cell, run_dir: Path, algos: Path) -> list[str]:
     """The command line that starts the cell or, if there is a checkpoint, continues it."""
     words = [sys.executable, str(algos / f"{cell.algo}.py")]
-    algo = cell.algo.split("-")[0]  # `check` adds a hash to the name
-    if algo in TORCHRUN:
-        words[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(TORCHRUN[algo])]
+    if cell.base in TORCHRUN:
+        words[1:1] = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(TORCHRUN[cell.base])]
     if (run_dir / "checkpoint.pt").exists():
         return [*words, "--resume", str(run_dir)]
     words += ["--env-id", cell.env_id, "--seed", str(cell.seed), "--total-timesteps", str(cell.steps)]
     words += ["--run-dir", str(run_dir), "--torch-threads", "1"]  # processes side by side beat threads
-    if algo in OFF_POLICY and cell.steps >= 1_000_000:  # an interrupted run goes on where it was
+    if cell.base in OFF_POLICY and cell.steps >= 1_000_000:  # an interrupted run goes on where it was
         words += ["--save-buffer", "--checkpoint-every", "100000"]
     return words + shlex.split(cell.flags)
 

@@ -153,6 +153,25 @@ def test_divergence_sees(request, name, old, new):
 
 
 @each_rainbow
+def test_no_error_is_negative(module):
+    """Where nothing is left to learn, rounding takes a divergence to either side of 0; a power of less is NaN."""
+    args = module.Args(hidden_size=16, noisy=False, double=False, v_min=-5.0, v_max=5.0, num_atoms=51)
+    agent = module.Agent(VECTOR, 3, args)
+    obs = torch.randn(500, *VECTOR.shape)
+    zeros = torch.zeros(len(obs))
+    batch = dict(obs=obs, actions=agent(obs).argmax(-1), rewards=zeros, terminated=zeros.bool())
+    batch |= dict(next_obs=obs, discounts=zeros + 1, weights=zeros + 1)
+    _, metrics = module.critic_loss(agent, agent, batch, [None, None, None], args)
+    assert metrics["td_error"].max() < 1e-5
+    assert metrics["td_error"].min() >= 0
+
+
+@bugs(("rainbow", "errors = errors.clamp(min=0)", "pass"))
+def test_no_error_sees(request, name, old, new):
+    fails_with_a_bug(request, test_no_error_is_negative, name, old, new)
+
+
+@each_rainbow
 @pytest.mark.parametrize("distributional", [False, True])
 def test_three_draws_of_noise(module, distributional):
     """The noise of Q(s, a), of the choice of a' and of the target are those that were handed in, each for itself."""

@@ -366,6 +366,7 @@ def test_a_whole_run_is_not_put_aside(bench, tmp_path, capsys, monkeypatch, code
 def test_a_refusal_behind_torchrun():
     """torchrun ends with 1 whatever its scripts end with; a script that is started by itself refuses with 2."""
     assert run.refusal_code(Cell("ddppo", "Toy-v0", 100, 1)) == 1
+    assert run.refusal_code(Cell("ddppo-0312647df9", "Toy-v0", 100, 1)) == 1, "a copy that check makes"
     assert run.refusal_code(Cell("ppo_clip", "Toy-v0", 100, 1)) == 2
 
 
