@@ -273,9 +273,13 @@ def train(args: Args) -> dict:
 # Defaults in place of those of Args: of the first family that names the environment, or else of its kind of spaces.
 FAMILIES = {
     "CartPole": dict(learning_rate=2e-3),
-    "Acrobot MountainCar": dict(
+    "Acrobot": dict(
         total_timesteps=100_000, train_frequency=1, target_network_frequency=250, learning_rate=6.3e-4,
         hidden_size=256, compile=True, eval_episodes=100,
+    ),
+    "MountainCar": dict(  # it leaves the valley only if the policy stays for some steps: one car, few updates
+        total_timesteps=120_000, num_envs=1, buffer_size=10_000, batch_size=256, train_frequency=8,
+        target_network_frequency=300, learning_rate=4e-3, gamma=0.98, hidden_size=256, eval_episodes=100,
     ),
     "LunarLander": dict(
         total_timesteps=300_000, train_frequency=1, target_network_frequency=250, learning_rate=6.3e-4,
