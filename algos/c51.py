@@ -15,8 +15,8 @@ probability p_i(s, a), and Q(s, a) is its mean. p minimises the cross-entropy
 over transitions drawn uniformly from a replay buffer. Phi shares each value out to the two atoms beside it; m_i is what
 comes to atom i. The policy is epsilon-greedy in Q; Z_target is a copy of Z that is renewed now and then.
 
-    python algos/c51.py --env-id CartPole-v1            # 500 after 50,000 steps
-    python algos/c51.py --env-id MinAtar/Breakout-v1    # trains 1M steps
+    python algos/c51.py --env-id CartPole-v1    # 500 after 50,000 steps
+    python algos/c51.py --env-id Acrobot-v1     # -65 after 100,000 steps
 
 Not in the paper: Adam's eps (1e-5, there 0.01 / 32), a step size that falls to 0, clipped gradients, and atoms for each
 family of environments: returns beyond v_min and v_max cannot be told apart, so set these for environments of your own.

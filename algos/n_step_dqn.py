@@ -15,8 +15,8 @@ bootstrap. So what a reward teaches reaches the n states before it at once.
 m is n, or less where the episode or the buffer ends before. A termination leaves nothing to bootstrap from; after a
 truncation, and at the newest step, Q_target values the last state that was seen.
 
-    python algos/n_step_dqn.py --env-id CartPole-v1           # 500 after 50,000 steps
-    python algos/n_step_dqn.py --env-id MinAtar/Breakout-v1   # trains 1M steps
+    python algos/n_step_dqn.py --env-id CartPole-v1    # 500 after 50,000 steps
+    python algos/n_step_dqn.py --env-id Acrobot-v1     # -77 after 100,000 steps
 
 As in the papers, nothing corrects for later actions of the n steps that the policy of today would not take. Not in the
 papers: a step size that falls to 0, and clipping of the gradient's norm in place of the errors, for with clipped errors
