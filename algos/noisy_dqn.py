@@ -277,7 +277,7 @@ FAMILIES = {
         total_timesteps=100_000, train_frequency=1, target_network_frequency=250, learning_rate=6.3e-4,
         hidden_size=256, compile=True, eval_episodes=100,
     ),
-    "MountainCar": dict(  # it leaves the valley only if the policy stays for some steps: one car, few updates
+    "MountainCar": dict(  # not solved: noise that is drawn anew for every action rocks the car on the spot
         total_timesteps=120_000, num_envs=1, buffer_size=10_000, batch_size=256, train_frequency=8,
         target_network_frequency=300, learning_rate=4e-3, gamma=0.98, hidden_size=256, eval_episodes=100,
     ),

@@ -15,7 +15,7 @@ over transitions drawn with P ~ (D_KL + eps)^alpha; w corrects for that. R_n is 
 values out to the atoms, Q is the mean of Z, and noise on the weights explores in place of epsilon.
 
     python algos/rainbow.py --env-id CartPole-v1                  # 492 after 50,000 steps
-    python algos/rainbow.py --env-id LunarLander-v3               # 273 after 300,000
+    python algos/rainbow.py --env-id LunarLander-v3               # 273 after 300,000 steps
     python algos/rainbow.py --env-id LunarLander-v3 --no-noisy    # any part can be left out
 
 The flags of the parts are --double, --dueling, --prioritized, --n-steps (1 leaves it out), --noisy (without it,

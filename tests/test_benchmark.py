@@ -1,5 +1,6 @@
 """The harness: statistics against brute force, cells against a fake script, its texts against stored results."""
 
+import ast
 import dataclasses
 import importlib.metadata
 import inspect
@@ -15,10 +16,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import SCRIPTS
 
 from benchmark import markdown, pictures, report
 from benchmark.__main__ import COMMANDS, main
-from benchmark.run import Cell, command, parse_seeds, read_result, suite_cells
+from benchmark.run import Cell, command, file_name, parse_seeds, read_result, suite_cells
 from benchmark.suites import SUITES
 
 ROOT = Path(__file__).parent.parent
@@ -596,3 +598,51 @@ def test_comparison_is_normalised_by_random_and_best(tmp_path, monkeypatch):
         "| no clipping or penalty | -300 (2) | 0 (2) | -0.50 | -0.39 |",
         "| random policy | -200 | 100 | 0 | 0 |",
     ]
+
+
+SCORE = re.compile(
+    r"algos/(\w+)\.py --env-id (\S+)((?: --\S+ \S+)*) +# "  # algorithm, environment and flags
+    r"(?:[a-z]+ )*([-\d.,]+)(?: [a-z]+)* after ([\d,]+M?|[\d.]+M) (?:steps|tokens|samples)"  # score and steps
+)
+
+
+def wrong_scores(docstring: str, baselines: Path) -> list[str]:
+    """The commands of a page whose score is not the kept one's, as they round it, or that say it in another way."""
+    wrong = []
+    for line in docstring.splitlines():
+        if "--env-id" not in line or " after " not in line:
+            continue
+        found = SCORE.search(line)
+        if not found:
+            wrong.append(line.strip())
+            continue
+        algo, env_id, flags, score, steps = found.groups()
+        number = float(score.replace(",", ""))
+        budget = float(steps.replace(",", "").replace("M", "e6"))
+        kept = report.read_object(baselines / f"{file_name((algo + flags, env_id, int(budget)))}.json")
+        iqm, _, _ = report.iqm_interval(np.array([[run["eval_mean"]] for run in kept["seeds"]]))
+        unit = 100 if abs(number) >= 1000 else 10 ** -len(score.partition(".")[2])
+        if abs(abs(number) - abs(iqm)) > unit / 2:  # an error is kept with a minus
+            wrong.append(line.strip())
+    return wrong
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+def test_the_scores_on_the_pages_are_the_kept_ones(path):
+    """A score that was trained anew, or was never measured."""
+    docstring = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+    assert wrong_scores(docstring, ROOT / "benchmark" / "baselines") == []
+
+
+def test_a_wrong_score_on_a_page_is_found():
+    """A unit too much in the last digit, with and without decimals, and in hundreds."""
+    baselines = ROOT / "benchmark" / "baselines"
+    right = [
+        "algos/dqn.py --env-id CartPole-v1            # 500 after 50,000 steps",
+        "algos/npg.py --env-id HalfCheetah-v5    # 5,500 after 1M steps",
+        "algos/dpo.py --env-id reviews    # true reward 3.4 after 104,000 tokens, from -1.3",
+    ]
+    wrong = [line.replace("500 after", "600 after").replace("3.4", "3.5") for line in right]
+    wrong[0] = right[0].replace("500", "499")
+    assert wrong_scores("\n".join(right), baselines) == []
+    assert wrong_scores("\n".join(wrong), baselines) == wrong

@@ -190,7 +190,7 @@ def start_and_wait(folder: Path) -> tuple[Process, dict[int, str]]:
 def all_gone(started: dict[int, str]) -> None:
     """None of these processes outlives the run by more than ten seconds, nor do the files that Ray has made."""
     (raylet,) = [name for name in started.values() if "raylet_socket_name" in name]
-    folder = Path(re.search(r"raylet_socket_name=(/tmp/ray-[^/]+)", raylet)[1])
+    folder = Path(re.search(r"raylet_socket_name=(.*?/ray-[^/]+)", raylet)[1])
     wait_until(lambda: not any(map(is_alive, started)) and not folder.exists(), 10)
 
 
