@@ -16,9 +16,10 @@ through A and R.
 
     python algos/a2c.py --env-id CartPole-v1    # 500 after 100,000 steps
 
-Not in the paper: rewards, advantages and (on MuJoCo) observations are normalised, gradients are clipped, layers start
-orthogonal, and actions in [-1, 1] are scaled to the bounds of the environment. RMSprop's eps stands outside the root in
-PyTorch, sqrt(v) + eps, and inside it in the paper, sqrt(v + eps).
+Not in the paper: the loss is a mean over the batch, where the paper sums; rewards, advantages and (on some
+environments) observations are normalised, gradients are clipped, layers start orthogonal, and actions in [-1, 1] are
+scaled to the bounds of the environment. RMSprop's eps stands outside the root in PyTorch, sqrt(v) + eps, and inside it
+in the paper, sqrt(v + eps).
 
 Read to the end of train(); what follows the ruler is plumbing that the scripts share.
 """
@@ -86,7 +87,7 @@ class Args:
     resume: str = ""  # run directory to continue; a finished run is only evaluated again
 
     def __post_init__(self) -> None:
-        minimum = dict(seed=0, torch_threads=0, num_steps=4, log_std_init=-20)  # 2 of 4 are no resets: std() needs 2
+        minimum = dict(seed=0, torch_threads=0, num_steps=4, log_std_init=-20)  # of 4, 2 may be resets; std() needs 2
         check_ranges(self, minimum, maximum=dict(gamma=1, gae_lambda=1))
         check_batch(self.num_envs * self.num_steps, self.total_timesteps)
 

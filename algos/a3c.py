@@ -90,7 +90,7 @@ class Args:
     resume: str = ""  # run directory to continue; a finished run is only evaluated again
 
     def __post_init__(self) -> None:
-        minimum = dict(seed=0, torch_threads=0, num_steps=4, log_std_init=-20)  # 2 of 4 are no resets: std() needs 2
+        minimum = dict(seed=0, torch_threads=0, num_steps=4, log_std_init=-20)  # of 4, 2 may be resets; std() needs 2
         check_ranges(self, minimum, maximum=dict(gamma=1, gae_lambda=1))
         batch_size = self.num_workers * self.num_envs * self.num_steps
         if batch_size > self.total_timesteps:

@@ -17,9 +17,9 @@ it. No gradient flows through y, nor through the Q(s, a) beside log pi.
     python algos/actor_critic.py --env-id CartPole-v1    # 500 after 200,000 steps
 
 Not in the book: the weight is Q, where it has the TD error of a V; a batch has several steps of several environments;
-Q is standardised over it, which makes its mean a baseline; there is no gamma^t before Q; rewards and (on MuJoCo)
-observations are normalised, the optimizer is Adam, its step size falls to 0, gradients are clipped, layers start
-orthogonal, and actions in [-1, 1] are scaled to the bounds of the environment.
+Q is standardised over it, which makes its mean a baseline; there is no gamma^t before Q; rewards and (on some
+environments) observations are normalised, the optimizer is Adam, its step size falls to 0, gradients are clipped,
+layers start orthogonal, and actions in [-1, 1] are scaled to the bounds of the environment.
 
 Read to the end of train(); what follows the ruler is plumbing that the scripts share.
 """
@@ -86,7 +86,7 @@ class Args:
     resume: str = ""  # run directory to continue; a finished run is only evaluated again
 
     def __post_init__(self) -> None:
-        minimum = dict(seed=0, torch_threads=0, num_steps=4, log_std_init=-20)  # 2 of 4 are no resets: std() needs 2
+        minimum = dict(seed=0, torch_threads=0, num_steps=4, log_std_init=-20)  # of 4, 2 may be resets; std() needs 2
         check_ranges(self, minimum, maximum=dict(gamma=1))
         check_batch(self.num_envs * self.num_steps, self.total_timesteps)
 

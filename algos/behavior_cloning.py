@@ -19,13 +19,14 @@ the squared error |a - mu(s)|^2 / 2 plus a constant.
     python algos/behavior_cloning.py --env-id CartPole-v1 --demonstrations RUN_DIR       # clones a finished run
     python algos/behavior_cloning.py --env-id Hopper-v5 --demonstrations main_data.hdf5  # a data set of Minari
 
-A clone that errs comes to states that the demonstrator never showed, and errs the more: L counts no errors
-there. From one episode of the lander it learns to repeat nearly all actions, and crashes. dagger.py shows a way out.
+A clone that errs comes to states that the demonstrator never showed, and errs the more: L counts no errors there. From
+one episode of the lander it learns to repeat nearly all actions, yet in most of its own it crashes. dagger.py shows a
+way out.
 
-Steps are samples here: each gradient step counts batch_size of them. Demonstrations are whole episodes, and what is
-held out are whole episodes too, for the pairs of one are much alike. The demonstrator is deterministic unless told
-otherwise. Not in the papers: observations are standardised, the optimizer is AdamW. result.json holds the mean return
-of the demonstrations as demonstrator_mean.
+Steps are samples here: each gradient step counts batch_size of them. Demonstrations are whole episodes, and so is what
+is held out, for the pairs of one episode are much alike. The demonstrator is deterministic unless told otherwise. Not
+in the papers: observations are standardised, the optimizer is AdamW. result.json holds, as demonstrator_mean, the
+mean return of the demonstrations that --top-fraction keeps.
 
 Read to the end of train(); what follows the ruler is plumbing that the scripts share.
 """
@@ -67,7 +68,7 @@ from tqdm import tqdm
 class Args:
     env_id: str = "LunarLander-v3"  # Gymnasium id, also ALE/*, MinAtar/* or module:YourEnv-v0; decides other defaults
     total_timesteps: int = 500_000  # samples to train for, batch_size per gradient step
-    demonstrations: str = "heuristic"  # heuristic, uniform, the directory of a finished run or, to clone, a file *.hdf5
+    demonstrations: str = "heuristic"  # heuristic, uniform (at random), a finished run's directory or, to clone, *.hdf5
     greedy: bool = True  # the policy of that run without its exploration
     num_demonstrations: int = 10  # episodes that the demonstrator shows; of a file, the first
     top_fraction: float = 1.0  # share of these episodes that is learned from, those with the highest returns

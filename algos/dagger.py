@@ -58,7 +58,7 @@ from tqdm import tqdm
 class Args:
     env_id: str = "LunarLander-v3"  # Gymnasium id, also ALE/*, MinAtar/* or module:YourEnv-v0; decides other defaults
     total_timesteps: int = 2_800_000  # samples to train for, batch_size per gradient step
-    demonstrations: str = "heuristic"  # heuristic, uniform, the directory of a finished run or, to clone, a file *.hdf5
+    demonstrations: str = "heuristic"  # heuristic, uniform (at random), a finished run's directory or, to clone, *.hdf5
     greedy: bool = True  # the policy of that run without its exploration
     num_demonstrations: int = 1  # episodes that the demonstrator shows; of a file, the first
     top_fraction: float = 1.0  # share of these episodes that is learned from, those with the highest returns

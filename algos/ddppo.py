@@ -96,7 +96,7 @@ class Args:
     resume: str = ""  # run directory to continue; a finished run is only evaluated again
 
     def __post_init__(self) -> None:
-        minimum = dict(seed=0, torch_threads=0, num_steps=4, log_std_init=-20)  # 2 of 4 are no resets: std() needs 2
+        minimum = dict(seed=0, torch_threads=0, num_steps=4, log_std_init=-20)  # of 4, 2 may be resets; std() needs 2
         check_ranges(self, minimum, maximum=dict(gamma=1, gae_lambda=1))
         check_batch(self.num_envs * self.num_steps, self.total_timesteps, self.num_minibatches)
 
@@ -192,7 +192,10 @@ def ppo_loss(agent: Agent, batch: dict[str, Tensor], clip_coef: Tensor, args: Ar
 
 
 def average(gradients: dict, metrics: dict, num_rows: int, max_norm: float) -> tuple[dict, dict]:
-    """The means of gradients and metrics over the rows of all processes, from those over the num_rows of this one."""
+    """The means of gradients and metrics over the rows of all processes, from those over the num_rows of this one.
+
+    If the mean gradient is longer than max_norm, it is scaled down to that.
+    """
     means = [*gradients.values(), *metrics.values()]
     if dist.is_initialized():
         n_w = torch.tensor(float(num_rows), device=means[0].device)

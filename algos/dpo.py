@@ -3,7 +3,7 @@
 # dependencies = ["torch==2.13.0", "numpy==2.2.6", "gymnasium==1.4.0", "tyro==1.0.17", "tqdm==4.70.1",
 #   "filelock==3.20.0", "wandb==0.31.0", "transformers==5.20.2", "datasets==5.2.0"]
 # ///
-"""DPO: direct preference optimization, what RLHF is after as one loss on the pairs.
+"""DPO: direct preference optimization, what RLHF is after, as one loss on the pairs.
 
 Rafailov et al. 2023, arXiv:2305.18290. Child of ppo_rlhf.py: the pairs train the policy itself, without reward model,
 critic and samples.
@@ -66,7 +66,7 @@ class Args:
     sft_learning_rate: float = 3e-3  # their step size, which falls linearly to 0
     num_pairs: int = 4000  # pairs of responses that people choose from
     batch_size: int = 64  # demonstrations or pairs per gradient step
-    max_new_tokens: int = 29  # T, the most tokens of a response
+    max_new_tokens: int = 29  # T, the largest number of tokens in a response
     temperature: float = 1.0  # divides the logits, in sampling and in all probabilities
     kl_coef: float = 0.5  # beta, weight of the KL to the reference
     learning_rate: float = 1e-3  # step size of the last phase
@@ -135,9 +135,10 @@ def dpo_loss(
 
 
 def shuffled_batches(pairs: dict[str, Tensor], args: Args) -> Iterator[dict[str, Tensor]]:
-    """Batches of pairs, one pass over all of them after the other, each in another order."""
+    """Batches of pairs, one pass over all of them after the other, each in another order; the same in each process."""
+    generator = torch.Generator().manual_seed(env_seed(args.seed, 0))
     while True:
-        for rows in torch.randperm(len(pairs["chosen"])).split(args.batch_size):
+        for rows in torch.randperm(len(pairs["chosen"]), generator=generator).split(args.batch_size):
             yield {name: column[rows] for name, column in pairs.items()}
 
 
@@ -170,9 +171,13 @@ def train(args: Args) -> dict:
     torch.manual_seed(env_seed(args.seed, run.step))
     T = args.max_new_tokens
     pairs = {name: column.to(device) for name, column in phases.pairs.items()}
+    step = 0
     for batch in shuffled_batches(pairs, args):
         num_tokens = int(batch["chosen_real"][:, -T:].sum() + batch["rejected_real"][:, -T:].sum())
-        if run.step + num_tokens > args.total_timesteps:
+        step += num_tokens
+        if step <= run.step:
+            continue  # what a resumed run has learned from already
+        if step > args.total_timesteps:
             break
         if args.anneal_lr:
             anneal(optimizer, 1 - run.step / args.total_timesteps)
@@ -187,7 +192,7 @@ def train(args: Args) -> dict:
             gold_reward=means["gold"], kl=means["kl"], eos_fraction=seen["ended"].float().mean(),
             distinct_fraction=torch.tensor(len(set(seen["texts"])) / args.log_responses),
         )  # fmt: skip
-        run.log(run.step + num_tokens, mean_metrics([metrics]))
+        run.log(step, mean_metrics([metrics]))
         of_first = dict(gold=seen["gold"][0], kl=seen["kl"][0])
         show(run, num_tokens, means, seen["texts"][0], of_first)
 
@@ -522,7 +527,7 @@ def learn_to_write(model: LanguageModel, tokenizer: object, task: object, run: "
         return {}
     device = next(model.parameters()).device
     demonstrations = task.demonstrations(args.num_demonstrations)
-    prompts = [tokenizer.encode(prompt, True) for prompt, _ in demonstrations]
+    prompts = [tokenizer.encode(prompt, True)[: args.max_prompt_tokens] for prompt, _ in demonstrations]
     responses = [[*tokenizer.encode(response, False), tokenizer.end] for _, response in demonstrations]
     tokens, real = collate(prompts, responses, args.max_new_tokens)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.sft_learning_rate, fused=True)

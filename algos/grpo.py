@@ -20,9 +20,9 @@ the clip is idle, and the gradient is that of REINFORCE with a baseline. With mo
         --reward-function my_checks:right    # the function right in my_checks.py
 
 The paper divides A_i by the deviation of r, and averages over each response first: w_it = 1 / (G |y_i|). Liu et al.
-2025, arXiv:2503.20783, find both biased: to problems that are nearly always or never solved, and to long wrong
-answers. So both are flags. By default all tokens of a batch weigh the same; Yu et al. 2025, arXiv:2503.14476, whose
-eps_high is 0.28, let those of a group do so, w_it = 1 / sum_i |y_i|. The KL (eq. 4) is off; where it is on, its
+2025, arXiv:2503.20783, find both biased: towards problems that are nearly always or never solved, and towards long
+wrong answers. So both are flags. By default all tokens of a batch weigh the same; Yu et al. 2025, arXiv:2503.14476,
+whose eps_high is 0.28, let those of a group do so, w_it = 1 / sum_i |y_i|. The KL (eq. 4) is off; where it is on, its
 gradient is that of KL(pi_ref || pi). Not in the paper: a small transformer, an exact check in place of a reward model,
 clipped gradients, and a reference that is never renewed.
 
@@ -71,7 +71,7 @@ class Args:
     batch_size: int = 128  # demonstrations or pairs per gradient step
     num_responses: int = 256  # N, responses per iteration
     num_generations: int = 8  # G, responses to the same prompt, which are compared with each other
-    max_new_tokens: int = 6  # T, the most tokens of a response
+    max_new_tokens: int = 6  # T, the largest number of tokens in a response
     temperature: float = 1.0  # divides the logits, in sampling and in all probabilities
     partial_reward: float = 0.0  # reward for each answer of the right form, be its value right or wrong
     scale_rewards: bool = False  # divide the advantages of a group by the deviation of its rewards
@@ -150,8 +150,8 @@ def policy_loss(actor: nn.Module, batch: dict[str, Tensor], args: Args) -> tuple
     log_probs = policy.log_prob(batch["tokens"][:, -T:])
     advantages = batch["advantages"][:, None]
 
-    def weighted_sum(x: Tensor) -> Tensor:
-        return torch.where(mask, batch["weights"] * x, 0).sum()
+    def mean(x: Tensor) -> Tensor:
+        return torch.where(mask, x, 0).sum() / mask.sum()
 
     log_ratio = log_probs - batch["log_probs"]
     ratio = log_ratio.exp()
@@ -159,13 +159,13 @@ def policy_loss(actor: nn.Module, batch: dict[str, Tensor], args: Args) -> tuple
     surrogate = torch.min(ratio * advantages, clipped_ratio * advantages)  # eq. 3
     ref_log_ratio = batch["ref_log_probs"] - log_probs
     kl = ref_log_ratio.exp() - ref_log_ratio - 1  # eq. 4
-    loss = weighted_sum(args.kl_coef * kl - surrogate)
+    loss = torch.where(mask, batch["weights"] * (args.kl_coef * kl - surrogate), 0).sum()
 
     metrics = dict(
         policy_loss=loss.detach(),
-        entropy=weighted_sum(policy.entropy()).detach(),
-        approx_kl=weighted_sum(ratio - 1 - log_ratio).detach(),  # http://joschu.net/blog/kl-approx.html
-        clip_fraction=weighted_sum((ratio != clipped_ratio).float()),
+        entropy=mean(policy.entropy()).detach(),
+        approx_kl=mean(ratio - 1 - log_ratio).detach(),  # http://joschu.net/blog/kl-approx.html
+        clip_fraction=mean((ratio != clipped_ratio).float()),
     )
     return loss, metrics
 
@@ -472,7 +472,7 @@ def learn_to_write(model: LanguageModel, tokenizer: object, task: object, run: "
         return {}
     device = next(model.parameters()).device
     demonstrations = task.demonstrations(args.num_demonstrations)
-    prompts = [tokenizer.encode(prompt, True) for prompt, _ in demonstrations]
+    prompts = [tokenizer.encode(prompt, True)[: args.max_prompt_tokens] for prompt, _ in demonstrations]
     responses = [[*tokenizer.encode(response, False), tokenizer.end] for _, response in demonstrations]
     tokens, real = collate(prompts, responses, args.max_new_tokens)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.sft_learning_rate, fused=True)

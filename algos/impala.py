@@ -16,9 +16,10 @@ objective of a2c.py, v_s stands in place of R, and rho_s (r_s + gamma v_{s+1} - 
 
     python algos/impala.py --env-id CartPole-v1    # 500 after 200,000 steps, with 2 samplers
 
-Learner and samplers are actors of Ray, here or, with --address, on the machines of a cluster. A batch is the rollout of
-one sampler. Batches are learned from in the order in which they were asked for, where the paper takes what comes first:
-so none is older than --max-lag updates, and equal runs are equal, bit for bit. Not in the paper: what a2c.py names.
+Learner and samplers are actors of Ray, here or, with --address, on a cluster. A batch is the rollout of one sampler's
+--num-envs environments. Batches are learned from in the order of asking, where the paper takes what comes first: so
+none is older than --max-lag updates, and equal runs are bit-identical. Not in the paper: what a2c.py names, but for
+clipped gradients.
 
 Read to the end of train(); what follows the ruler is plumbing that the scripts share.
 """
@@ -94,7 +95,7 @@ class Args:
     resume: str = ""  # run directory to continue; a finished run is only evaluated again
 
     def __post_init__(self) -> None:
-        minimum = dict(seed=0, torch_threads=0, num_steps=4, log_std_init=-20)  # 2 of 4 are no resets: std() needs 2
+        minimum = dict(seed=0, torch_threads=0, num_steps=4, log_std_init=-20)  # of 4, 2 may be resets; std() needs 2
         check_ranges(self, minimum | dict(num_samplers=0, max_lag=0), maximum=dict(gamma=1))
         check_batch(self.num_envs * self.num_steps, self.total_timesteps)
         if self.address and self.num_samplers == 0:
@@ -153,7 +154,7 @@ class Agent(nn.Module):
 
 
 def vtrace(rewards: Tensor, values: Tensor, log_ratio: Tensor, terminated: Tensor, done: Tensor, args: Args) -> tuple:
-    """Targets v_s (eq. 1), advantages r_s + gamma v_{s+1} - V(x_s) and weights rho_s (T, N) from values (T + 1, N).
+    """Targets v_s (eq. 1), advantages r_s + gamma v_{s+1} - V(x_s), weights rho_s: all (T, N), but values (T + 1, N).
 
     log_ratio is log pi(a|x) / mu(a|x). A termination stops the bootstrap; an end of either kind stops the trace.
     """
@@ -1187,7 +1188,7 @@ def make_processes(run: "RemoteRun", args: Args) -> OneProcess | Processes:
 
 
 def sampler_inputs(run: "RemoteRun", args: Args, index: int) -> dict[str, Any]:
-    """What a sampler is made of; its number is that of no other sampler that has ever been started in this run."""
+    """What a sampler is made of; those that act at a time, or from another iteration on, have other numbers."""
     iteration = run.step // (args.num_envs * args.num_steps)
     number = iteration * max(1, args.num_samplers) + index
     return dict(parts=dict(agent=copy.deepcopy(run.parts["agent"]).cpu()), number=number, args=args)

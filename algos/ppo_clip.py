@@ -16,8 +16,9 @@ A is estimated by GAE(lambda) under the old policy, and R = A + V_old.
     python algos/ppo_clip.py --env-id CartPole-v1       # 500 after 100,000 steps
     python algos/ppo_clip.py --env-id HalfCheetah-v5    # 6,300 after 1M steps
 
-Not in the paper: rewards, advantages and (on MuJoCo) observations are normalised, the step size falls to 0 on MuJoCo,
-too, gradients are clipped, layers start orthogonal, and actions in [-1, 1] are scaled to the bounds of the environment.
+Not in the paper: rewards, advantages and (on some environments) observations are normalised, the step size falls to 0
+on MuJoCo, too, gradients are clipped, layers start orthogonal, and actions in [-1, 1] are scaled to the bounds of the
+environment.
 
 Read to the end of train(); what follows the ruler is plumbing that the scripts share.
 """
@@ -88,7 +89,7 @@ class Args:
     resume: str = ""  # run directory to continue; a finished run is only evaluated again
 
     def __post_init__(self) -> None:
-        minimum = dict(seed=0, torch_threads=0, num_steps=4, log_std_init=-20)  # 2 of 4 are no resets: std() needs 2
+        minimum = dict(seed=0, torch_threads=0, num_steps=4, log_std_init=-20)  # of 4, 2 may be resets; std() needs 2
         check_ranges(self, minimum, maximum=dict(gamma=1, gae_lambda=1))
         check_batch(self.num_envs * self.num_steps, self.total_timesteps, self.num_minibatches)
 

@@ -21,8 +21,8 @@ batch. Nothing is differentiated through r: this is the score function's gradien
 
 The people are a formula that judges reviews of hotels, with noise; so the true reward of any text is known. The
 evaluation samples, for a prompt has one likeliest text. Not in the papers: a small transformer, normalised advantages,
-clipped gradients, and that a response which does not end loses --missing-eos-penalty. In the code of Ziegler et al.,
-but not here: values are clipped.
+clipped gradients, and that a response without an end loses --missing-eos-penalty from its score; one without a period
+gets a fixed reward of -1 in Ziegler et al. In the code of Ziegler et al., but not here: values are clipped.
 
 Read to the end of train(); what follows the ruler is plumbing that the scripts share.
 """
@@ -69,12 +69,12 @@ class Args:
     rm_learning_rate: float = 1e-3  # step size of the reward model
     batch_size: int = 64  # demonstrations or pairs per gradient step
     num_responses: int = 128  # N, responses per iteration
-    max_new_tokens: int = 29  # T, the most tokens of a response
+    max_new_tokens: int = 29  # T, the largest number of tokens in a response
     temperature: float = 1.0  # divides the logits, in sampling and in all probabilities
     kl_coef: float = 0.1  # beta, weight of the KL to the reference
     target_kl: float = 0.0  # KL per response that beta is adapted to; 0 keeps beta as it is
     kl_horizon: int = 10_000  # responses in which beta can change by a fifth
-    missing_eos_penalty: float = 1.0  # what a response loses that does not end
+    missing_eos_penalty: float = 1.0  # taken off the score of a response that does not end
     update_epochs: int = 2  # K, passes over each batch
     num_minibatches: int = 2  # minibatches per pass
     learning_rate: float = 3e-4  # step size of the last phase
@@ -112,6 +112,8 @@ class Args:
             raise Refusal("num_responses * max_new_tokens may not exceed total_timesteps")
         if self.num_minibatches > self.num_responses:
             raise Refusal("num_minibatches may not exceed num_responses")
+        if self.target_kl > 0 and self.kl_coef == 0:
+            raise Refusal("target_kl multiplies beta, which starts at kl_coef: it must be above 0")
         if self.prompts and not (self.preferences or self.reward_model):
             raise Refusal("prompts of your own need preferences or a reward_model: nobody knows what is good there")
 
@@ -702,7 +704,7 @@ def learn_to_write(model: LanguageModel, tokenizer: object, task: object, run: "
         return {}
     device = next(model.parameters()).device
     demonstrations = task.demonstrations(args.num_demonstrations)
-    prompts = [tokenizer.encode(prompt, True) for prompt, _ in demonstrations]
+    prompts = [tokenizer.encode(prompt, True)[: args.max_prompt_tokens] for prompt, _ in demonstrations]
     responses = [[*tokenizer.encode(response, False), tokenizer.end] for _, response in demonstrations]
     tokens, real = collate(prompts, responses, args.max_new_tokens)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.sft_learning_rate, fused=True)

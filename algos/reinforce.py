@@ -19,9 +19,9 @@ with --baseline none it is 0.
 
 Not in the book: Adam, a step size that falls to 0, and a gradient divided by the number of steps, which changes its
 length alone. G - b is divided by its root mean square, so c2 weighs the entropy against weights of size 1. There is no
-gamma^t before G_t, rewards and (on MuJoCo) observations are normalised, gradients are clipped, layers start orthogonal,
-and actions in [-1, 1] are scaled to the bounds of the environment. An episode that is cut, by a time limit, --horizon
-or the end of the budget, goes on with V(s_T) if V is learned, and else just ends.
+gamma^t before G_t, rewards and (on some environments) observations are normalised, gradients are clipped, layers start
+orthogonal, and actions in [-1, 1] are scaled to the bounds of the environment. An episode that is cut, by a time limit,
+--horizon or the end of the budget, goes on with V(s_T) if V is learned, and else just ends.
 
 Read to the end of train(); what follows the ruler is plumbing that the scripts share.
 """
@@ -59,7 +59,7 @@ class Args:
     env_id: str = "CartPole-v1"  # Gymnasium id, also ALE/*, MinAtar/* or module:YourEnv-v0; decides other defaults
     total_timesteps: int = 200_000  # environment steps to train for
     num_envs: int = 8  # N, environments side by side
-    horizon: int = 10_000  # longer episodes are cut here
+    horizon: int = 10_000  # steps after which an episode is cut
     learning_rate: float = 1e-2  # step size of the optimizer
     anneal_lr: bool = True  # let the step size fall linearly to 0
     gamma: float = 0.99  # discount

@@ -6,8 +6,8 @@
 # ///
 """SAC: soft actor-critic, whose policy is paid for its entropy at a learned temperature.
 
-Haarnoja et al. 2018, arXiv:1812.05905. Child of td3.py: a policy that is random by itself and paid for it. No noise
-need be added and no targets smoothed.
+Haarnoja et al. 2018, arXiv:1812.05905. Child of td3.py: a policy that is random by itself, and paid for being so. It
+needs no added noise, no smoothed targets and no delay.
 
     y = r + gamma (min_j Q'_j(s', a') - alpha log pi(a'|s'))    with  a' ~ pi(.|s')
     Q_1, Q_2 minimise  E[(y - Q_i(s, a))^2],    pi maximises  E[min_j Q_j(s, a) - alpha log pi(a|s)]  over  a ~ pi(.|s)
@@ -20,8 +20,8 @@ slowly.
 
 As in the authors' code, pi is a density on [-1, 1]; its actions are then scaled to the bounds of the environment, and
 without bounds there is nothing to scale to. Not in the paper: alpha is learned through its logarithm, step sizes are
-larger (3e-4 there), and the first learning_starts actions are uniform. All periods count single steps, so that several
-environments learn as often as one.
+larger (3e-4 there), gamma is 0.98 and batches are smaller on some environments, and the first learning_starts actions
+are uniform. All periods count single steps, so that several environments learn as often as one.
 
 Read to the end of train(); what follows the ruler is plumbing that the scripts share.
 """

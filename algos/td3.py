@@ -18,9 +18,10 @@ Q'_1, Q'_2 and mu' follow Q_1, Q_2 and mu slowly.
     python algos/td3.py --env-id HalfCheetah-v5 --total-timesteps 100000    # 5,700
 
 As in the paper, the first learning_starts actions are uniform. Not in the paper: mu', a running average of mu, is what
-is evaluated; layers and batches have other sizes, and on HalfCheetah tau and the exploration noise are twice as large.
-All periods count single steps, so that several environments learn as often as one. Noise is added to actions in
-[-1, 1], which are scaled to the bounds of the environment; without bounds there is nothing to scale to.
+is evaluated; layers and batches have other sizes, gamma is 0.98 on some environments, and on HalfCheetah tau and the
+exploration noise are twice as large. All periods count single steps, so that several environments learn as often as
+one. Noise is added to actions in [-1, 1], which are scaled to the bounds of the environment; without bounds there is
+nothing to scale to.
 
 Read to the end of train(); what follows the ruler is plumbing that the scripts share.
 """

@@ -67,7 +67,7 @@ class Args:
     greedy: bool = False  # the policy of that run without its exploration
     method: Literal["mc", "td"] = "td"  # G: the whole return (Monte-Carlo), or n steps of it and then V
     n_steps: int = 1  # n, steps before the bootstrap
-    horizon: int = 10_000  # longer episodes are cut here
+    horizon: int = 10_000  # steps after which an episode is cut
     batch_size: int = 128  # transitions per gradient step
     learning_rate: float = 2e-4  # step size of the optimizer
     anneal_lr: bool = True  # let the step size fall linearly to 0

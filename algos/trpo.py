@@ -19,8 +19,8 @@ g is the gradient of L and F the Fisher matrix. A is estimated by GAE(lambda) un
     python algos/trpo.py --env-id HalfCheetah-v5    # 5,600 after 1M steps
 
 Not in the paper: A comes from GAE (arXiv:1506.02438) and a critic, whose step size falls to 0; damping I is added to F,
-rewards, advantages and (on MuJoCo) observations are normalised, layers start orthogonal, and actions in [-1, 1] are
-scaled to the bounds of the environment.
+rewards, advantages and (on some environments) observations are normalised, layers start orthogonal, and actions in
+[-1, 1] are scaled to the bounds of the environment.
 
 Read to the end of train(); what follows the ruler is plumbing that the scripts share.
 """
@@ -92,7 +92,7 @@ class Args:
     resume: str = ""  # run directory to continue; a finished run is only evaluated again
 
     def __post_init__(self) -> None:
-        minimum = dict(seed=0, torch_threads=0, num_steps=4, log_std_init=-20)  # 2 of 4 are no resets: std() needs 2
+        minimum = dict(seed=0, torch_threads=0, num_steps=4, log_std_init=-20)  # of 4, 2 may be resets; std() needs 2
         check_ranges(self, minimum, maximum=dict(gamma=1, gae_lambda=1))
         check_batch(self.num_envs * self.num_steps, self.total_timesteps, self.num_minibatches)
 

@@ -16,9 +16,9 @@ A is estimated by GAE under the old policy, and R = A + V_old.
 
     python algos/trpo_penalty.py --env-id CartPole-v1    # 500 after 100,000 steps
 
-Not in the paper: the penalty and the steps of lambda, for it keeps the constraint; Adam, with a step size that falls to
-0, on minibatches; GAE (arXiv:1506.02438); rewards, advantages and (on MuJoCo) observations are normalised, gradients
-are clipped, layers start orthogonal, and actions in [-1, 1] are scaled to the bounds of the environment.
+Not in the paper: the steps of lambda, for it fixes the weight or keeps to the constraint; Adam with a falling step
+size, minibatches, GAE (arXiv:1506.02438); rewards, advantages and (on some environments) observations are normalised,
+gradients are clipped, layers start orthogonal, and actions in [-1, 1] are scaled to the bounds of the environment.
 
 Read to the end of train(); what follows the ruler is plumbing that the scripts share.
 """
@@ -91,7 +91,7 @@ class Args:
     resume: str = ""  # run directory to continue; a finished run is only evaluated again
 
     def __post_init__(self) -> None:
-        minimum = dict(seed=0, torch_threads=0, num_steps=4, log_std_init=-20)  # 2 of 4 are no resets: std() needs 2
+        minimum = dict(seed=0, torch_threads=0, num_steps=4, log_std_init=-20)  # of 4, 2 may be resets; std() needs 2
         check_ranges(self, minimum, maximum=dict(gamma=1, gae_lambda=1))
         check_batch(self.num_envs * self.num_steps, self.total_timesteps, self.num_minibatches)
 

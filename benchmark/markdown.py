@@ -87,7 +87,7 @@ what the textbook's figures show; the values themselves lie between -0.9 and 0.9
 """, ""),
     "imitation": ("Learning from demonstrations", """\
 The demonstrator is the heuristic that comes with the environment, and demonstrator_mean the mean return of the episodes
-that it shows. A clone is taught by these alone; DAgger sees one, and then lets the demonstrator label its own.
+that are learned from. A clone is taught by these alone; DAgger sees one, and then has the demonstrator label its own.
 """, IMITATION),
     "language": ("Language models", """\
 Interquartile means over seeds of numbers in result.json, each a mean over the responses of the final evaluation. score

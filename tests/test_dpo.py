@@ -248,8 +248,9 @@ def test_each_pair_once_in_a_pass(module, tmp_path, monkeypatch):
 
 
 @bugs(
-    ("dpo", "torch.randperm(len(pairs[\"chosen\"])).split", "torch.randint(len(pairs[\"chosen\"]), (99,)).split"),
-    ("dpo", "        for rows in torch.randperm(len(pairs[\"chosen\"])).split",
+    ("dpo", "torch.randperm(len(pairs[\"chosen\"]), generator=generator).split",
+     "torch.randint(len(pairs[\"chosen\"]), (99,)).split"),
+    ("dpo", "        for rows in torch.randperm(len(pairs[\"chosen\"]), generator=generator).split",
      "        for rows in torch.arange(len(pairs[\"chosen\"])).split"),
     ("dpo", "yield {name: column[rows] for", "yield {name: column[torch.randperm(len(column))[:6]] for"),
     ("dpo", "+ batch[\"rejected_real\"][:, -T:].sum()", ""),
@@ -257,6 +258,29 @@ def test_each_pair_once_in_a_pass(module, tmp_path, monkeypatch):
 )  # fmt: skip
 def test_a_pass_sees(request, name, old, new):
     fails_with_a_bug(request, test_each_pair_once_in_a_pass, name, old, new)
+
+
+@ours
+def test_a_resumed_run_goes_on_in_the_pass(module, tmp_path, monkeypatch):
+    """Interrupted runs that see some pairs twice and others never: the batches are those of one run in one go."""
+    seen = []
+    spy(monkeypatch, module, "dpo_loss", before=lambda _, __, batch, ___: seen.append(batch["chosen"].tolist()))
+    module.train(tiny(module, tmp_path / "whole", num_pairs=12, batch_size=3, total_timesteps=400))
+    whole = seen.copy()
+    seen.clear()
+    module.train(tiny(module, tmp_path / "parts", num_pairs=12, batch_size=3, total_timesteps=60))
+    assert 0 < len(seen) < len(whole)
+    module.train(module.parse_args(["--resume", str(tmp_path / "parts" / "run"), "--total-timesteps", "400"]))
+    assert seen == whole
+
+
+@bugs(
+    ("dpo", "torch.Generator().manual_seed(env_seed(args.seed, 0))", "None"),
+    ("dpo", "        if step <= run.step:\n            continue", "        if False:\n            continue"),
+    ("dpo", "if step <= run.step:", "if step < run.step:"),
+)
+def test_going_on_in_the_pass_sees(request, name, old, new):
+    fails_with_a_bug(request, test_a_resumed_run_goes_on_in_the_pass, name, old, new)
 
 
 @ours

@@ -1,5 +1,6 @@
 """What all scripts for language share: transformer, generation, padding, the task, phases, files."""
 
+import contextlib
 import json
 import os
 import random
@@ -427,6 +428,27 @@ def test_equal_runs_are_bit_identical(module, tmp_path):
     again = module.train(module.parse_args(["--resume", str(tmp_path / "one" / "run")]))
     assert again == results[0]
     assert (tmp_path / "one" / "run" / "metrics.jsonl").read_bytes() == log
+
+
+@each_language
+def test_all_prompts_are_cut(module, tmp_path):
+    """Texts longer than the transformer has positions for."""
+    longest = []
+    with pytest.MonkeyPatch.context() as patch:
+        spy(patch, module, "collate", before=lambda prompts, *_: longest.append(max(map(len, prompts))))
+        with contextlib.suppress(IndexError):
+            module.train(tiny(module, tmp_path, max_prompt_tokens=2))
+    assert set(longest) == {2}
+    assert (tmp_path / "run" / "result.json").exists()
+
+
+@bugs(
+    ("dpo", "[: args.max_prompt_tokens] for prompt, _ in", "for prompt, _ in"),
+    ("grpo", "[: args.max_prompt_tokens] for prompt, _ in", "for prompt, _ in"),
+    ("ppo_rlhf", "[: args.max_prompt_tokens] for prompt, _ in", "for prompt, _ in"),
+)
+def test_cut_prompts_see(request, name, old, new):
+    fails_with_a_bug(request, test_all_prompts_are_cut, name, old, new)
 
 
 @each_language

@@ -435,7 +435,7 @@ def test_beta_in_a_run(module, tmp_path):
     assert {round(row["kl_coef"], 6) for row in lines(tmp_path / "fixed")} == {0.3}
     for row in lines(tmp_path / "fixed"):
         assert row["objective"] == pytest.approx(row["proxy_reward"] - 0.3 * row["kl"], abs=1e-5)
-    for given in (dict(target_kl=-1.0), dict(kl_horizon=0), dict(kl_coef=-0.1)):
+    for given in (dict(target_kl=-1.0), dict(kl_horizon=0), dict(kl_coef=-0.1), dict(kl_coef=0.0, target_kl=1.0)):
         with pytest.raises(module.Refusal):
             tiny(module, tmp_path, **given)
 
