@@ -16,10 +16,9 @@ objective of a2c.py, v_s stands in place of R, and rho_s (r_s + gamma v_{s+1} - 
 
     python algos/impala.py --env-id CartPole-v1    # 500 after 200,000 steps, with 2 samplers
 
-Learner and samplers are actors of Ray, here or, with --address, on a cluster. A batch is the rollout of one sampler's
---num-envs environments. Batches are learned from in the order of asking, where the paper takes what comes first: so
-none is older than --max-lag updates, and equal runs are bit-identical. Not in the paper: what a2c.py names, but for
-clipped gradients.
+Learner and samplers are actors of Ray, with --address on a cluster. A batch is the rollout of one sampler's --num-envs
+environments. Batches are learned from in the order of asking, in the paper in that of arrival: so none is older than
+--max-lag updates, and equal runs are bit-identical. Not in the paper: what a2c.py names, but for clipping.
 
 Read to the end of train(); what follows the ruler is plumbing that the scripts share.
 """
