@@ -70,7 +70,7 @@ class Args:
     tau: float = 0.005  # share by which the targets approach the networks at each of their updates
     exploration_noise: float = 0.1  # standard deviation of the noise on actions in [-1, 1]
     hidden_size: int = 256  # units in each hidden layer of the MLPs
-    save_buffer: bool = False  # keep the replay buffer in checkpoints; without it a resumed run fills it anew
+    save_buffer: bool = False  # keep the replay buffer in checkpoints; else a resumed run has to fill a new one
     compile: bool = False  # compile the gradient step: 10 s at the start, then 2 to 3 times as fast
 
     seed: int = 1  # of weights, actions, minibatches and environments
@@ -138,7 +138,7 @@ class Agent(nn.Module):
 
 
 def td_target(rewards: Tensor, terminated: Tensor, next_values: Tensor, gamma: float | Tensor) -> Tensor:
-    """y (B,) from rewards, terminated and values of the next states (B,); truncation does not stop the bootstrap."""
+    """y (B,) from rewards, terminated, next_values (B,) and gamma; truncation does not stop the bootstrap."""
     return rewards + gamma * ~terminated * next_values
 
 

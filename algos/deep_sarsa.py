@@ -120,7 +120,7 @@ def linear_schedule(start: float, end: float, duration: float, t: float) -> floa
 
 
 def td_target(rewards: Tensor, terminated: Tensor, next_values: Tensor, gamma: float | Tensor) -> Tensor:
-    """y (B,) from rewards, terminated and values of the next states (B,); truncation does not stop the bootstrap."""
+    """y (B,) from rewards, terminated, next_values (B,) and gamma; truncation does not stop the bootstrap."""
     return rewards + gamma * ~terminated * next_values
 
 

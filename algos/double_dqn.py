@@ -72,7 +72,7 @@ class Args:
     max_grad_norm: float = 10.0  # longer gradients are scaled down to this norm
     hidden_size: int = 128  # units in each hidden layer of the MLPs
     clip_reward: bool = False  # learn from rewards clipped to [-1, 1]; the log has them whole
-    save_buffer: bool = False  # keep the replay buffer in checkpoints; without it a resumed run fills it anew
+    save_buffer: bool = False  # keep the replay buffer in checkpoints; else a resumed run has to fill a new one
     compile: bool = False  # compile the gradient step: 10 s at the start, then 2 to 3 times as fast
 
     seed: int = 1  # of weights, actions, minibatches and environments
@@ -130,7 +130,7 @@ def linear_schedule(start: float, end: float, duration: float, t: float) -> floa
 
 
 def td_target(rewards: Tensor, terminated: Tensor, next_values: Tensor, gamma: float | Tensor) -> Tensor:
-    """y (B,) from rewards, terminated and values of the next states (B,); truncation does not stop the bootstrap."""
+    """y (B,) from rewards, terminated, next_values (B,) and gamma; truncation does not stop the bootstrap."""
     return rewards + gamma * ~terminated * next_values
 
 
@@ -219,7 +219,7 @@ FAMILIES = {
         total_timesteps=100_000, train_frequency=1, target_network_frequency=250, learning_rate=6.3e-4, end_e=0.1,
         exploration_fraction=0.12, hidden_size=256, compile=True, eval_episodes=100,
     ),
-    "MountainCar": dict(  # it leaves the valley only if the policy stays for some steps: one car, few updates
+    "MountainCar": dict(  # it leaves the valley only if the policy stays the same for a while: one car, few updates
         total_timesteps=120_000, num_envs=1, buffer_size=10_000, batch_size=256, train_frequency=8,
         target_network_frequency=300, learning_rate=4e-3, gamma=0.98, exploration_fraction=0.05,
         hidden_size=256, eval_episodes=100,

@@ -18,7 +18,7 @@ truncation, and at the newest step, Q_target values the last state that was seen
     python algos/n_step_dqn.py --env-id CartPole-v1    # 500 after 50,000 steps
     python algos/n_step_dqn.py --env-id Acrobot-v1     # -77 after 100,000 steps
 
-As in the papers, nothing corrects for later actions of the n steps that the policy of today would not take. Not in the
+As in the papers, nothing corrects for later actions of the n steps that the current policy would not take. Not in the
 papers: a step size that falls to 0, and clipping of the gradient's norm in place of the errors, for with clipped errors
 the minimum is not the mean. All periods count single steps, so that several environments learn as often as one.
 
@@ -74,7 +74,7 @@ class Args:
     max_grad_norm: float = 10.0  # longer gradients are scaled down to this norm
     hidden_size: int = 128  # units in each hidden layer of the MLPs
     clip_reward: bool = False  # learn from rewards clipped to [-1, 1]; the log has them whole
-    save_buffer: bool = False  # keep the replay buffer in checkpoints; without it a resumed run fills it anew
+    save_buffer: bool = False  # keep the replay buffer in checkpoints; else a resumed run has to fill a new one
     compile: bool = False  # compile the gradient step: 10 s at the start, then 2 to 3 times as fast
 
     seed: int = 1  # of weights, actions, minibatches and environments
@@ -132,7 +132,7 @@ def linear_schedule(start: float, end: float, duration: float, t: float) -> floa
 
 
 def td_target(rewards: Tensor, terminated: Tensor, next_values: Tensor, gamma: float | Tensor) -> Tensor:
-    """y (B,) from rewards, terminated and values of the next states (B,); truncation does not stop the bootstrap."""
+    """y (B,) from rewards, terminated, next_values (B,) and gamma; truncation does not stop the bootstrap."""
     return rewards + gamma * ~terminated * next_values
 
 
@@ -147,7 +147,7 @@ def n_step_batch(
     k = np.arange(n)
     window_rows = (rows[:, None] + k) % buffer.num_rows  # (B, n)
     window = (window_rows, envs[:, None])
-    head = int(buffer.t) % buffer.num_rows  # this row has the newest observation, but no step yet
+    head = int(buffer.t) % buffer.num_rows  # this row has the newest observations, but no steps yet
     steps_to_head = (head - rows) % buffer.num_rows
     usable = buffer.valid[window] & (k < steps_to_head[:, None])
     belongs = np.logical_and.accumulate(usable, axis=1)  # up to an end: the step after it is a reset, so not valid
@@ -251,7 +251,7 @@ FAMILIES = {
         total_timesteps=100_000, train_frequency=1, target_network_frequency=250, learning_rate=6.3e-4, end_e=0.1,
         exploration_fraction=0.12, hidden_size=256, compile=True, eval_episodes=100,
     ),
-    "MountainCar": dict(  # it leaves the valley only if the policy stays for some steps: one car, few updates
+    "MountainCar": dict(  # it leaves the valley only if the policy stays the same for a while: one car, few updates
         total_timesteps=120_000, num_envs=1, buffer_size=10_000, batch_size=256, train_frequency=8,
         target_network_frequency=300, learning_rate=4e-3, gamma=0.98, exploration_fraction=0.05,
         hidden_size=256, eval_episodes=100,

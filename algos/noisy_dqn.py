@@ -7,7 +7,7 @@
 """Noisy DQN: Q-learning that explores by noise on the weights of its network.
 
 Fortunato et al. 2018, arXiv:1706.10295. Child of dqn.py: noisy layers in place of epsilon. A layer with p inputs and
-q outputs draws p + q normal numbers e and, with f(x) = sgn(x) sqrt|x|, has the weights and biases
+q outputs draws p normal numbers e_in and q e_out and, with f(x) = sgn(x) sqrt|x|, has the weights and biases
 
     w = mu_w + sigma_w * (f(e_out) f(e_in)^T)    and    b = mu_b + sigma_b * f(e_out)
 
@@ -15,13 +15,13 @@ whose mu and sigma both learn by the gradient of DQN's loss
 
     L = E[(r + gamma max_a' Q_target(s', a', noise') - Q(s, a, noise))^2]
 
-Three independent draws of the noise: one to act, anew for every action, and one each for Q and Q_target, anew for
-every gradient step. The policy is greedy in the noisy Q; the evaluation takes the means mu alone.
+Three independent draws of the noise: one to act, anew for every step, and one each for Q and Q_target, anew for every
+gradient step. The policy is greedy in the noisy Q; the evaluation takes the means mu alone.
 
     python algos/noisy_dqn.py --env-id CartPole-v1    # 500 after 50,000 steps
 
-Not in the paper: what dqn.py names, one draw for the actions of all environments, and a plain dense layer before the
-two noisy ones. In the paper both dense layers on top of the convolutions are noisy, and there is no third.
+Not in the paper: Adam, a step size that falls to 0, gradients clipped in place of errors, periods of single steps, one
+draw for the actions of all environments, and a plain dense layer below two noisy ones, where it has only these two.
 
 Read to the end of train(); what follows the ruler is plumbing that the scripts share.
 """
@@ -68,11 +68,11 @@ class Args:
     learning_rate: float = 1e-3  # step size of the optimizer
     anneal_lr: bool = True  # let the step size fall linearly to 0
     gamma: float = 0.99  # discount
-    sigma_0: float = 0.5  # the noise at the start: the first sigma of a layer with p inputs is sigma_0 / sqrt(p)
+    sigma_0: float = 0.5  # noise at the start: every sigma of a layer with p inputs begins as sigma_0 / sqrt(p)
     max_grad_norm: float = 10.0  # longer gradients are scaled down to this norm
     hidden_size: int = 128  # units in each hidden layer of the MLPs
     clip_reward: bool = False  # learn from rewards clipped to [-1, 1]; the log has them whole
-    save_buffer: bool = False  # keep the replay buffer in checkpoints; without it a resumed run fills it anew
+    save_buffer: bool = False  # keep the replay buffer in checkpoints; else a resumed run has to fill a new one
     compile: bool = False  # compile the gradient step: 10 s at the start, then 2 to 3 times as fast
 
     seed: int = 1  # of weights, actions, minibatches and environments
@@ -185,14 +185,14 @@ def signed_sqrt(x: Tensor) -> Tensor:
 
 
 def td_target(rewards: Tensor, terminated: Tensor, next_values: Tensor, gamma: float | Tensor) -> Tensor:
-    """y (B,) from rewards, terminated and values of the next states (B,); truncation does not stop the bootstrap."""
+    """y (B,) from rewards, terminated, next_values (B,) and gamma; truncation does not stop the bootstrap."""
     return rewards + gamma * ~terminated * next_values
 
 
 def critic_loss(
     agent: Agent, target: Agent, batch: dict[str, Tensor], noise: list, target_noise: list, args: Args
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of Q (eq. 14) on a batch with one transition per row, and what to log."""
+    """The loss of Q (eq. 14) on a batch, with `noise` in Q(s, a) and `target_noise` in the target; and what to log."""
     with torch.no_grad():
         next_values = target(batch["next_obs"], target_noise).amax(-1)
         y = td_target(batch["rewards"], batch["terminated"], next_values, args.gamma)  # DQN algorithm 1
@@ -277,7 +277,7 @@ FAMILIES = {
         total_timesteps=100_000, train_frequency=1, target_network_frequency=250, learning_rate=6.3e-4,
         hidden_size=256, compile=True, eval_episodes=100,
     ),
-    "MountainCar": dict(  # not solved: noise that is drawn anew for every action rocks the car on the spot
+    "MountainCar": dict(  # not solved, and not with less noise either: -200 on every seed
         total_timesteps=120_000, num_envs=1, buffer_size=10_000, batch_size=256, train_frequency=8,
         target_network_frequency=300, learning_rate=4e-3, gamma=0.98, hidden_size=256, eval_episodes=100,
     ),

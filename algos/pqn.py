@@ -17,7 +17,8 @@ truncated and at the last of the T steps. Several epochs of minibatches then min
 
     L = E[(R - Q(s, a))^2]
 
-    python algos/pqn.py --env-id CartPole-v1    # 500 after 100,000 steps
+    python algos/pqn.py --env-id CartPole-v1            # 500 after 100,000 steps
+    python algos/pqn.py --env-id MinAtar/Breakout-v1    # 18 after 1M steps
 
 Not in the paper: the initial weights are PyTorch's, and the layers of a CNN are normalised over channels and pixels
 together, not pixel by pixel.
@@ -152,7 +153,7 @@ def lambda_returns(
     returns = np.zeros_like(next_values)
     R = next_values[-1]  # after the last step, all that is known is Q
     for t in reversed(range(len(rewards))):
-        bootstrap = traces[t] * R + (1 - traces[t]) * next_values[t]
+        bootstrap = traces[t] * R + (1 - traces[t]) * next_values[t]  # Peng's Q(lambda)
         R = rewards[t] + discounts[t] * bootstrap
         returns[t] = R
     return torch.from_numpy(returns).to(device)

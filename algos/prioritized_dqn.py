@@ -11,10 +11,10 @@ undo what this does to the mean of the gradient, wholly at the end of the run.
 
     delta = r + gamma Q_target(s', argmax_a' Q(s', a')) - Q(s, a)
     P(i) = p_i^alpha / sum_k p_k^alpha    with  p_i = |delta_i| + eps  of the last time that i was replayed
-    L = mean_i w_i delta_i^2    with  w_i = (M P(i))^-beta / max_j w_j  and i drawn with probability P(i)
+    L = mean_i w_i delta_i^2    with  w_i = (M P(i))^-beta / max_j (M P(j))^-beta  and i drawn with probability P(i)
 
-A transition that was not replayed yet has the largest priority so far. The maximum over j is over all M transitions in
-the buffer. The policy is epsilon-greedy in Q, and Q_target is a copy of Q, renewed now and then.
+A transition that has not been replayed yet has the largest priority so far. The maximum over j is over all M
+transitions in the buffer. The policy is epsilon-greedy in Q, and Q_target is a copy of Q, renewed now and then.
 
     python algos/prioritized_dqn.py --env-id CartPole-v1       # 500 after 50,000 steps
     python algos/prioritized_dqn.py --env-id LunarLander-v3    # trains 300,000 steps
@@ -70,14 +70,14 @@ class Args:
     gamma: float = 0.99  # discount
     priority_exponent: float = 0.6  # alpha, from 0 (uniform replay) to 1 (in proportion to the errors)
     priority_eps: float = 0.01  # eps, added to each error, so that no priority is 0
-    importance_exponent: float = 0.4  # beta at the start; it rises linearly to 1
+    importance_exponent: float = 0.4  # beta at the start, how far weights undo the priorities; rises linearly to 1
     start_e: float = 1.0  # epsilon, the share of random actions, at the start
     end_e: float = 0.05  # epsilon at the end of exploration and from then on
     exploration_fraction: float = 0.2  # share of the run over which epsilon falls linearly
     max_grad_norm: float = 10.0  # longer gradients are scaled down to this norm
     hidden_size: int = 128  # units in each hidden layer of the MLPs
     clip_reward: bool = False  # learn from rewards clipped to [-1, 1]; the log has them whole
-    save_buffer: bool = False  # keep the replay buffer in checkpoints; without it a resumed run fills it anew
+    save_buffer: bool = False  # keep the replay buffer in checkpoints; else a resumed run has to fill a new one
     compile: bool = False  # compile the gradient step: 10 s at the start, then 2 to 3 times as fast
 
     seed: int = 1  # of weights, actions, minibatches and environments
@@ -165,7 +165,7 @@ class Priorities(nn.Module):
         return self.tree.find(parts / batch_size * self.tree.sums[0].sum())
 
     def weights(self, places: np.ndarray, beta: float) -> np.ndarray:
-        """w_i = (M P(i))^-beta / max_j w_j (B,) of these places (B,); M and the sum in P(i) cancel (section 3.4)."""
+        """w_i = (M P(i))^-beta / max_j (M P(j))^-beta (B,) of these places (B,); M cancels (section 3.4)."""
         return (self.leaves[places] / self.tree.minima[0].min()) ** -beta
 
     def update(self, places: np.ndarray, td_errors: Tensor) -> None:
@@ -182,7 +182,7 @@ def linear_schedule(start: float, end: float, duration: float, t: float) -> floa
 
 
 def td_target(rewards: Tensor, terminated: Tensor, next_values: Tensor, gamma: float | Tensor) -> Tensor:
-    """y (B,) from rewards, terminated and values of the next states (B,); truncation does not stop the bootstrap."""
+    """y (B,) from rewards, terminated, next_values (B,) and gamma; truncation does not stop the bootstrap."""
     return rewards + gamma * ~terminated * next_values
 
 
@@ -190,8 +190,8 @@ def critic_loss(agent: Agent, target: Agent, batch: dict[str, Tensor], args: Arg
     """The loss of Q on a batch with one transition and one weight per row, and what to log."""
     with torch.no_grad():
         next_actions = agent(batch["next_obs"]).argmax(-1, keepdim=True)
-        next_values = target(batch["next_obs"]).gather(-1, next_actions).squeeze(-1)  # Double DQN
-        y = td_target(batch["rewards"], batch["terminated"], next_values, args.gamma)
+        next_values = target(batch["next_obs"]).gather(-1, next_actions).squeeze(-1)  # Double DQN eq. 4
+        y = td_target(batch["rewards"], batch["terminated"], next_values, args.gamma)  # DQN algorithm 1
 
     q = agent(batch["obs"]).gather(-1, batch["actions"][:, None]).squeeze(-1)
     delta = y - q  # algorithm 1, line 11
@@ -280,7 +280,7 @@ FAMILIES = {
         total_timesteps=100_000, train_frequency=1, target_network_frequency=250, learning_rate=6.3e-4, end_e=0.1,
         exploration_fraction=0.12, hidden_size=256, compile=True, eval_episodes=100,
     ),
-    "MountainCar": dict(  # it leaves the valley only if the policy stays for some steps: one car, few updates
+    "MountainCar": dict(  # it leaves the valley only if the policy stays the same for a while: one car, few updates
         total_timesteps=120_000, num_envs=1, buffer_size=10_000, batch_size=256, train_frequency=8,
         target_network_frequency=300, learning_rate=4e-3, gamma=0.98, exploration_fraction=0.05,
         hidden_size=256, eval_episodes=100,

@@ -24,8 +24,8 @@ learns as that script does; dueling_dqn.py and prioritized_dqn.py have --double,
 noisy_dqn.py and Priorities of prioritized_dqn.py.
 
 Not in the paper: Adam's eps (1e-5, there 1.5e-4), the eps in P (and alpha is omega there), a step size that falls to 0,
-atoms for each family of environments, and a plain dense layer that the streams share. All periods count single steps,
-so that several environments learn as often as one.
+atoms for each family of environments, a plain dense layer that the streams share, and one draw of noise for the actions
+of all environments. All periods count single steps, so that several environments learn as often as one.
 
 Read to the end of train(); what follows the ruler is plumbing that the scripts share.
 """
@@ -80,8 +80,8 @@ class Args:
     n_steps: int = 3  # n, steps before the bootstrap
     priority_exponent: float = 0.5  # alpha, from 0 (uniform replay) to 1 (in proportion to the errors)
     priority_eps: float = 0.01  # eps, added to each error, so that no priority is 0
-    importance_exponent: float = 0.4  # beta at the start; it rises linearly to 1
-    sigma_0: float = 0.5  # the noise at the start: the first sigma of a layer with p inputs is sigma_0 / sqrt(p)
+    importance_exponent: float = 0.4  # beta at the start, how far weights undo the priorities; rises linearly to 1
+    sigma_0: float = 0.5  # noise at the start: every sigma of a layer with p inputs begins as sigma_0 / sqrt(p)
     num_atoms: int = 51  # atoms z_i on which each distribution of returns lies
     v_min: float = -100.0  # the smallest atom; discounted returns below count as this
     v_max: float = 100.0  # the largest atom; discounted returns above count as this
@@ -91,7 +91,7 @@ class Args:
     max_grad_norm: float = 10.0  # longer gradients are scaled down to this norm
     hidden_size: int = 128  # units in each hidden layer of the MLPs
     clip_reward: bool = False  # learn from rewards clipped to [-1, 1]; the log has them whole
-    save_buffer: bool = False  # keep the replay buffer in checkpoints; without it a resumed run fills it anew
+    save_buffer: bool = False  # keep the replay buffer in checkpoints; else a resumed run has to fill a new one
     compile: bool = False  # compile the gradient step: 10 s at the start, then 2 to 3 times as fast
 
     seed: int = 1  # of weights, actions, minibatches and environments
@@ -129,7 +129,7 @@ class Agent(nn.Module):
         self.num_atoms = args.num_atoms if args.distributional else 1
         self.encoder, width = make_encoder(obs_space)
         hidden = [] if is_image(obs_space) else [args.hidden_size, args.hidden_size]
-        if args.dueling or args.noisy:  # the streams stand on a plain dense layer, with which encoders of images end
+        if args.dueling or args.noisy:  # below them is a plain dense layer; the encoder of images has it already
             hidden = [args.hidden_size]
             if not is_image(obs_space):
                 self.encoder = nn.Sequential(self.encoder, nn.Linear(width, args.hidden_size), nn.ReLU())
@@ -163,7 +163,7 @@ class Agent(nn.Module):
         if len(outputs) == 1:
             return outputs[0]
         advantages, values = outputs
-        return values.unsqueeze(1) + advantages - advantages.mean(1, keepdim=True)
+        return values.unsqueeze(1) + advantages - advantages.mean(1, keepdim=True)  # Dueling DQN eq. 9, for each atom
 
     def mean(self, outputs: Tensor) -> Tensor:
         """Q (...) of outputs (..., atoms)."""
@@ -194,7 +194,7 @@ def linear_schedule(start: float, end: float, duration: float, t: float) -> floa
 
 
 def td_target(rewards: Tensor, terminated: Tensor, next_values: Tensor, gamma: float | Tensor) -> Tensor:
-    """y (B,) from rewards, terminated and values of the next states (B,); truncation does not stop the bootstrap."""
+    """y (B,) from rewards, terminated, next_values (B,) and gamma; truncation does not stop the bootstrap."""
     return rewards + gamma * ~terminated * next_values
 
 
@@ -209,7 +209,7 @@ def n_step_batch(
     k = np.arange(n)
     window_rows = (rows[:, None] + k) % buffer.num_rows  # (B, n)
     window = (window_rows, envs[:, None])
-    head = int(buffer.t) % buffer.num_rows  # this row has the newest observation, but no step yet
+    head = int(buffer.t) % buffer.num_rows  # this row has the newest observations, but no steps yet
     steps_to_head = (head - rows) % buffer.num_rows
     usable = buffer.valid[window] & (k < steps_to_head[:, None])
     belongs = np.logical_and.accumulate(usable, axis=1)  # up to an end: the step after it is a reset, so not valid
@@ -259,7 +259,7 @@ def critic_loss(
     with torch.no_grad():
         next_outputs = target.outputs(batch["next_obs"], target_noise)  # (B, A, atoms)
         if args.double:
-            next_q = agent(batch["next_obs"], choice_noise)
+            next_q = agent(batch["next_obs"], choice_noise)  # Double DQN eq. 4
         else:
             next_q = target.mean(next_outputs)
         next_outputs = of_actions(next_outputs, next_q.argmax(-1))  # (B, atoms)
@@ -269,7 +269,7 @@ def critic_loss(
     if args.distributional:
         next_probs = next_outputs.softmax(-1)
         m = project(next_probs, batch["rewards"], batch["terminated"], target.support, batch["discounts"])
-        losses = F.cross_entropy(outputs, m, reduction="none")
+        losses = F.cross_entropy(outputs, m, reduction="none")  # C51 algorithm 1
         errors = F.kl_div(outputs.log_softmax(-1), m, reduction="none").sum(-1)  # its gradient is that of the losses
         errors = errors.clamp(min=0)  # below which rounding can lead
     else:
@@ -370,7 +370,7 @@ FAMILIES = {
         total_timesteps=100_000, train_frequency=1, target_network_frequency=250, learning_rate=6.3e-4, v_max=0.0,
         end_e=0.1, exploration_fraction=0.12, hidden_size=256, compile=True, eval_episodes=100,
     ),
-    "MountainCar": dict(  # it leaves the valley only if the policy stays for some steps: one car, few updates
+    "MountainCar": dict(  # it leaves the valley only if the policy stays the same for a while: one car, few updates
         total_timesteps=120_000, num_envs=1, buffer_size=10_000, batch_size=256, train_frequency=8,
         target_network_frequency=300, learning_rate=4e-3, gamma=0.98, v_min=-50.0, v_max=0.0, exploration_fraction=0.05,
         hidden_size=256, eval_episodes=100,
@@ -705,7 +705,7 @@ class Priorities(nn.Module):
         return self.tree.find(parts / batch_size * self.tree.sums[0].sum())
 
     def weights(self, places: np.ndarray, beta: float) -> np.ndarray:
-        """w_i = (M P(i))^-beta / max_j w_j (B,) of these places (B,); M and the sum in P(i) cancel (section 3.4)."""
+        """w_i = (M P(i))^-beta / max_j (M P(j))^-beta (B,) of these places (B,); M cancels (section 3.4)."""
         return (self.leaves[places] / self.tree.minima[0].min()) ** -beta
 
     def update(self, places: np.ndarray, td_errors: Tensor) -> None:

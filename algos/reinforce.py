@@ -59,7 +59,7 @@ class Args:
     env_id: str = "CartPole-v1"  # Gymnasium id, also ALE/*, MinAtar/* or module:YourEnv-v0; decides other defaults
     total_timesteps: int = 200_000  # environment steps to train for
     num_envs: int = 8  # N, environments side by side
-    horizon: int = 10_000  # steps after which an episode is cut
+    horizon: int = 10_000  # steps after which learning cuts an episode
     learning_rate: float = 1e-2  # step size of the optimizer
     anneal_lr: bool = True  # let the step size fall linearly to 0
     gamma: float = 0.99  # discount

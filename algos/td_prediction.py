@@ -17,12 +17,12 @@ with --method mc (Monte-Carlo) the rewards go on to the end of the episode. No g
     python algos/td_prediction.py --env-id RandomWalk-v0 --method mc     # error 0.010 after 3M steps
     python algos/td_prediction.py --env-id CartPole-v1 --policy RUN_DIR  # V of what another script has learned
 
-A Monte-Carlo target is right in the mean, but varies with all that happens until the end. A TD target varies less, but
+A Monte-Carlo target is right on average, but varies with all that happens until the end. A TD target varies less, but
 it is as wrong as V(s_n) is. On the random walk, with V learned, value_loss is the variance: 0.83 with mc, 0.01 with td.
 What is cut, by a time limit or --horizon, goes on with V in both methods: else the return would lack the rest.
 
-Not in the book: an episode is learned from when it has ended, also with TD; a gradient step takes batch_size states;
-Adam, and a step size that falls to 0. The score is minus the error: |V - v| in each state of the random walk, whose
+Not in the book: learning waits for the end of an episode, even with TD; a gradient step takes batch_size states; Adam,
+and a step size that falls to 0. The score is minus the error: |V - v| in each state of the random walk, whose
 values v are known, and elsewhere |V(s_0) - G| in fresh episodes, where G is the whole return.
 
 Read to the end of train(); what follows the ruler is plumbing that the scripts share.
@@ -67,7 +67,7 @@ class Args:
     greedy: bool = False  # the policy of that run without its exploration
     method: Literal["mc", "td"] = "td"  # G: the whole return (Monte-Carlo), or n steps of it and then V
     n_steps: int = 1  # n, steps before the bootstrap
-    horizon: int = 10_000  # steps after which an episode is cut
+    horizon: int = 10_000  # steps after which learning cuts an episode
     batch_size: int = 128  # transitions per gradient step
     learning_rate: float = 2e-4  # step size of the optimizer
     anneal_lr: bool = True  # let the step size fall linearly to 0
@@ -147,7 +147,7 @@ def n_step_rows(
 
 
 def td_target(rewards: Tensor, terminated: Tensor, next_values: Tensor, gamma: float | Tensor) -> Tensor:
-    """y (B,) from rewards, terminated and values of the next states (B,); truncation does not stop the bootstrap."""
+    """y (B,) from rewards, terminated, next_values (B,) and gamma; truncation does not stop the bootstrap."""
     return rewards + gamma * ~terminated * next_values
 
 
