@@ -16,6 +16,7 @@ values out to the atoms, Q is the mean of Z, and noise on the weights explores i
 
     python algos/rainbow.py --env-id CartPole-v1                  # 492 after 50,000 steps
     python algos/rainbow.py --env-id LunarLander-v3               # 273 after 300,000 steps
+    python algos/rainbow.py --env-id MinAtar/Breakout-v1          # 27 after 1M steps
     python algos/rainbow.py --env-id LunarLander-v3 --no-noisy    # any part can be left out
 
 The flags of the parts are --double, --dueling, --prioritized, --n-steps (1 leaves it out), --noisy (without it,
