@@ -10,8 +10,8 @@ from typing import Literal
 
 import tyro
 
-from benchmark import markdown, pictures, report, scaling, speed
-from benchmark.run import Cell, Local, file_name, parse_seeds, read_result, replace_text, run_cells, suite_cells
+from benchmark import markdown, pictures, report, run, scaling, speed
+from benchmark.run import Cell, Refusal, file_name, parse_seeds, read_result, suite_cells
 
 FOLDER = Path(__file__).parent
 
@@ -26,19 +26,19 @@ def core_count() -> int:
 def launch(cells: list[Cell], workers: int | None, out: Path, algos: Path, address: str | None = None) -> list[Cell]:
     """Train what is missing, here or, with an address, on a Ray cluster; returns the cells that failed."""
     if workers is not None and workers < 1:
-        raise ValueError(f"--workers must be at least 1, but is {workers}")
+        raise Refusal(f"--workers must be at least 1, but is {workers}")
     if address is None:
-        launcher = Local(out, algos)
+        launcher = run.Local(out, algos)
         cores = core_count()
     else:
         try:
             from benchmark.launch_ray import Ray
         except ImportError as error:
-            raise ValueError("--launcher ray needs ray: pip install -r requirements-ray.txt") from error
+            raise Refusal("--launcher ray needs ray: pip install -r requirements-ray.txt") from error
         launcher = Ray(address, out, algos)
         cores = len(cells)  # the cluster knows how many it has
     with contextlib.closing(launcher):  # also on Ctrl-C: no cell outlives the harness
-        return run_cells(cells, workers or cores, out, launcher)
+        return run.run_cells(cells, workers or cores, out, launcher)
 
 
 @dataclass
@@ -49,7 +49,7 @@ class Run:
     algo: str = ""  # only this algorithm
     env: str = ""  # only this environment
     seeds: str = ""  # instead of those of the suite, like 1-3,7
-    steps: int = 0  # instead of those of the suite
+    steps: int = 0  # environment steps of a run; 0 for those of the suite
     workers: int | None = None  # runs at once; if None, one per core, here or of the cluster
     launcher: Literal["local", "ray"] = "local"  # where to train
     address: str = ""  # Ray cluster: auto, ray://... or host:port; if empty, one made here
@@ -60,12 +60,12 @@ class Run:
     def execute(self) -> int:
         """The exit code."""
         if self.steps < 0:
-            raise ValueError(f"--steps may not be negative, but is {self.steps}")
+            raise Refusal(f"--steps may not be negative, but is {self.steps}")
         if self.address and self.launcher == "local":
-            raise ValueError("--address is that of a Ray cluster, for --launcher ray")
+            raise Refusal("--address is that of a Ray cluster, for --launcher ray")
         cells = suite_cells(self.suite, self.algo, self.env, self.seeds, self.steps)
         if not cells:
-            raise ValueError(f"suite {self.suite} has no run with this algorithm, environment and seeds")
+            raise Refusal(f"suite {self.suite} has no run with this algorithm, environment and seeds")
         address = self.address if self.launcher == "ray" else None
         failed = launch(cells, self.workers, self.out, self.algos, address)
 
@@ -109,7 +109,7 @@ class Check:
 
         cells = suite_cells(self.suite, self.algo, self.env, seeds="0")
         if not cells:
-            raise ValueError(f"suite {self.suite} has no run with this algorithm and environment")
+            raise Refusal(f"suite {self.suite} has no run with this algorithm and environment")
         if self.neutral:
             changed = check.changed_since(self.neutral, cells, self.train, self.out, self.algos)
             head = [*check.HEAD[:3], f"since {self.neutral}"]
@@ -123,7 +123,7 @@ class Check:
         rows = check.read_rows(cells, kept, report.read_random_returns(self.baselines))
         if not rows:
             needed = f"{check.BASELINE} seeds and the score of a random or untrained policy"
-            raise ValueError(f"{self.baselines} has no baseline for these rows, which is {needed}")
+            raise Refusal(f"{self.baselines} has no baseline for these rows, which is {needed}")
         if self.simulate:
             text, good = check.error_rates(rows, self.simulate)
             print(text)
@@ -145,7 +145,7 @@ class Report:
     runs: Path = FOLDER / "runs"  # directories of runs
     baselines: Path = FOLDER / "baselines"  # the kept results
     results: Path = FOLDER / "RESULTS.md"  # the file of all tables
-    readme: Path = FOLDER.parent / "README.md"  # the file with the marks
+    readme: Path = FOLDER.parent / "README.md"  # the README, whose part between the marks is written
     page: Path = FOLDER / "report.html"  # the page to write
     references: Path = FOLDER / "references.csv"  # bars and published scores
 
@@ -167,26 +167,27 @@ class Report:
                 print(f"{path} is {'stale: python -m benchmark report' if path in stale else 'current'}")
             return 1 if stale else 0
         for path, text in texts.items():
-            replace_text(path, text)
+            run.replace_text(path, text)
         from benchmark import page  # --check does without what only the page needs
 
-        replace_text(self.page, page.html(self.baselines, references))
+        run.replace_text(self.page, page.html(self.baselines, references))
+        print(f"wrote {self.results}, {self.readme} and {self.page}")
         return 0
 
 
 @dataclass
 class Speed:
-    """Measure against peers or a git revision in turn, one thread each."""
+    """Measure against peers or a git revision in alternating runs, one thread each."""
 
     algo: str = ""  # only this script; the other measurements are kept
     env: str = ""  # only this environment
     peers: tuple[Literal["sb3", "sbx", "foliorl"], ...] = ("sb3", "sbx", "foliorl")  # only these
     peer_python: tuple[str, ...] = ()  # PEER=PYTHON: interpreter with a peer, made if not given
     against: str = ""  # a git revision: only print, against our scripts of that time
-    rounds: int = 3  # runs of each side; those kept of the same script count
+    rounds: int = 3  # runs of each side, with those already kept of the same script
     anew: bool = False  # measure also what is kept
     steps: int = 0  # environment steps of a run instead of those of the task
-    seeds: str = "1-10"  # of PPO's runs from the command line to a solved CartPole, may be empty
+    seeds: str = "1-10"  # of runs that time PPO from the command line to a solved CartPole; empty for none
     baselines: Path = FOLDER / "baselines"  # where speed.json is kept
 
     def execute(self) -> int:
@@ -199,7 +200,7 @@ class Speed:
         for word in self.peer_python:
             peer, _, python = word.partition("=")
             if peer not in speed.PEERS:
-                raise ValueError(f"--peer-python takes words like sb3=/path/to/python, not {word}")
+                raise Refusal(f"--peer-python takes words like sb3=/path/to/python, not {word}")
             given[peer] = python
         needed = dict.fromkeys(kind.split(".")[0] for task in tasks for kind in task.peers.split())
         pythons = {peer: given.get(peer) or speed.make_peer(peer) for peer in needed}
@@ -213,7 +214,7 @@ class Speed:
 class Scaling:
     """Measure how the scripts of several processes scale; takes minutes on an idle machine."""
 
-    seeds: str = "1-3"  # those kept count
+    seeds: str = "1-3"  # seeds to run; what is kept already is not measured again
     baselines: Path = FOLDER / "baselines"  # where scaling.json is kept
 
     def execute(self) -> int:
@@ -242,7 +243,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted: the same command continues", file=sys.stderr)
         return 130
-    except (ValueError, OSError) as error:
+    except (Refusal, OSError) as error:
         print(f"benchmark: {error}", file=sys.stderr)
         return 2
 

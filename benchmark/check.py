@@ -1,8 +1,8 @@
 """Is a suite still as good as its baselines? Trains fresh seeds, and turns red where these are shown to be worse.
 
 On the scale on which a random policy scores 0 and the median of the baseline's seeds 1, a seed falls short if it scores
-less than 1 - MARGIN. A row is suspect if its fresh seeds fall short oftener than the baseline's (Fisher's exact test,
-one-sided, p <= SUSPECT). It is WORSE if the same test of new seeds, of these alone, says so again (p <= RED after
+less than 1 - MARGIN. A row is suspect if its fresh seeds fall short more often than the baseline's (one-sided test of
+Fisher, p <= SUSPECT). It is WORSE if the same test of new seeds, of these alone, says so again (p <= RED after
 Holm's correction over the suspects).
 
 Counting needs no variance, so ten times 500 can be a baseline, and a seed that collapses counts once, as heavy tails
@@ -23,7 +23,7 @@ import torch
 from scipy.stats import hypergeom
 
 from benchmark.report import aligned
-from benchmark.run import Cell, read_result
+from benchmark.run import Cell, Refusal, read_result
 
 MARGIN = 0.1  # the share of the baseline that a seed may lack
 DROP = 0.2  # the share whose loss has to be found
@@ -165,7 +165,7 @@ def outcome(run_dir: Path) -> tuple[list[float], str]:
 
 
 def changed_since(base: str, cells: list[Cell], run: Run, out: Path, algos: Path) -> list[bool]:
-    """Whether the script of each cell, run for NEUTRAL_STEPS steps, ends otherwise than that of revision `base` does.
+    """Whether the script of each cell, run for NEUTRAL_STEPS steps, ends differently from that of revision `base`.
 
     Equal texts need no run, and with other packages than at `base`, or if it refuses so few steps, a script counts as
     changed. What only longer runs do, such as compiling the gradient step, is not compared.
@@ -176,7 +176,7 @@ def changed_since(base: str, cells: list[Cell], run: Run, out: Path, algos: Path
         return None if done.returncode else done.stdout
 
     if git("rev-parse", "--verify", f"{base}^{{commit}}") is None:
-        raise ValueError(f"{base} is no revision of a repository that holds {algos}")
+        raise Refusal(f"{base} is no revision of a repository that holds {algos}")
     packages_then = git("show", f"{base}:../requirements.txt") or b""
     packages_now = requirements(algos)
     changed = {}
@@ -227,8 +227,9 @@ def compare(rows: list[Row], run: Run, out: Path, algos: Path) -> list[list[str]
         if scores is None:
             lines[-1] += ["", "", "", "failed"]
             continue
-        difference = (scores.mean() - baseline.mean()) / abs(np.median(baseline) - random)
+        scale = abs(np.median(baseline) - random)
+        difference = f"{(scores.mean() - baseline.mean()) / scale:+.1%}" if scale else "as random"
         p_decisive = min(second, 1) if np.isfinite(second) else first
-        lines[-1] += [f"{scores.mean():.1f} ({len(scores)})", f"{difference:+.1%}", f"{p_decisive:.2g}"]
+        lines[-1] += [f"{scores.mean():.1f} ({len(scores)})", difference, f"{p_decisive:.2g}"]
         lines[-1].append("WORSE" if second <= RED else "ok")
     return lines

@@ -14,7 +14,7 @@ import ray
 from ray import cloudpickle
 
 from benchmark import run
-from benchmark.run import Cell
+from benchmark.run import Cell, Refusal
 
 for module in (run, sys.modules[__name__]):
     cloudpickle.register_pickle_by_value(module)  # the nodes cannot import it
@@ -79,7 +79,7 @@ class Ray:
                 socket.create_connection((host, int(port)), timeout=10).close()
             ray.init(address or "local", log_to_driver=False, logging_level="ERROR")
         except Exception as error:
-            raise ValueError(f"no Ray cluster at {address or 'this machine'}: {error}") from error
+            raise Refusal(f"no Ray cluster at {address or 'this machine'}: {error}") from error
         signal.signal(signal.SIGTERM, handler)  # Ray has set its own
         self.task = ray.remote(num_cpus=1, max_retries=10)(train)
         self.board = ray.remote(num_cpus=0, max_restarts=-1)(Board).remote()

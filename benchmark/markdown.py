@@ -9,7 +9,7 @@ import numpy as np
 from benchmark import report, scaling, speed
 from benchmark.pictures import IMITATION, LANGUAGE, MUJOCO, curve_file
 from benchmark.report import Row, aligned, iqm_interval, read_baselines
-from benchmark.run import read_object
+from benchmark.run import Refusal, read_object
 from benchmark.suites import NO_FLOOR, PPO_PAPER, PPO_PAPER_ENVS
 
 HEAD = ["Algorithm", "Environment", "Steps", "IQM [95% interval]", "Seeds", "Bar", "Best published", "Steps/s"]
@@ -22,8 +22,8 @@ README_CURVES = ("HalfCheetah-v5", 1_000_000)
 README_NOTE = """\
 Score: interquartile mean over seeds, in brackets the best published one, whatever its protocol, of several seeds if
 there is one. Speed: steps per second over those of the fastest peer that was measured, of stable-baselines3,
-sb3-contrib and SBX (JAX). All scores with their intervals, sources and curves are in
-[benchmark/RESULTS.md](benchmark/RESULTS.md).
+sb3-contrib and SBX (JAX), on the environment where we gain least. The nearest algorithm stands in where no peer has the
+same one. All scores with their intervals, sources and curves are in [benchmark/RESULTS.md](benchmark/RESULTS.md).
 """
 ABOUT = """\
 # Results
@@ -32,18 +32,20 @@ ABOUT = """\
 
 A score is the mean return of the episodes that the trained policy plays in fresh environments without exploring, 100 of
 them on Acrobot, MountainCar and Pendulum and 20 elsewhere; DDPG and TD3 play their target policy, a running average.
-Language models are sampled, and td_prediction is scored by its error (see below). Each row is the interquartile mean
-over training runs that differ only in their seed, with its 95% interval in brackets (stratified bootstrap, Agarwal et
-al. 2021). Hyperparameters were tuned on other seeds, those of n_step_dqn on CartPole, of dqn on MountainCar and of
-prioritized_dqn on LunarLander once more after a failure on these, see below. `python -m benchmark run --suite mujoco`
-trains the rows of a suite again and prints them as here, and `--algo`, `--env` and `--seeds` choose among its runs.
+Language models answer 256 prompts, sampled, and td_prediction is scored by its error (see below). Each row is the
+interquartile mean over training runs that differ only in their seed, with its 95% interval in brackets (stratified
+bootstrap, Agarwal et al. 2021); of two or three seeds these are just the lowest and the highest score. Hyperparameters
+were tuned on other seeds, those of n_step_dqn on CartPole, of dqn on MountainCar and of prioritized_dqn on LunarLander
+once more after a failure on these, see below. `python -m benchmark run --suite mujoco` trains the rows of a suite again
+and prints them as here, and `--algo`, `--env` and `--seeds` choose among its runs.
 
 The last columns judge the score and its whole interval. PASS: not below the bar, with all seeds of the suite; short:
-not below it, with fewer; open: the interval holds the bar; FAIL: below it. Bars and published scores with their sources
-are in [`references.csv`](references.csv), and a bar that no source explains is ours; the score and the curve of every
-seed are in [`baselines/`](baselines). Steps per second in this table are of runs side by side; the comparison of speed
-at the end had the machine to itself. There, our time includes compilation, which takes longest in a first round, and
-[`speed.json`](baselines/speed.json) has a hash of the texts that ran.
+not below it, with fewer; open: the interval holds the bar; few: fewer than five seeds; FAIL: below it. Bars and
+published scores with their sources are in [`references.csv`](references.csv), and a bar that no source explains is
+ours; the score and the curve of every seed are in [`baselines/`](baselines). Steps per second in this table are of runs
+side by side; the comparison of speed at the end had the machine to itself. There, our time includes compilation, which
+takes longest in a first round, and [`speed.json`](baselines/speed.json) has a hash of the texts that ran, which are
+older than those of today.
 """
 PAPER = """\
 The experiment of the PPO paper (section 6.1) with these scripts: mean return of the last 100 training episodes after 1M
@@ -108,7 +110,7 @@ def published(reference: dict[str, str]) -> str:
 
 
 def number(value: float) -> str:
-    """A score with one digit behind the point, or two or three if it is small."""
+    """A score with one digit after the decimal point, or two or three if it is small."""
     return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}" if abs(value) >= 0.1 else f"{value:.3f}"
 
 
@@ -193,6 +195,8 @@ def published_section(lines: list[dict]) -> str:
     for line in compared:
         best = line["reference"]["best_published"]
         interval = report.judge(line["low"], line["high"], best, whole=True)
+        if line["n"] < report.FEWEST:
+            interval = "few"
         counts[interval] += 1
         if line["iqm"] >= float(best):
             counts["reached"] += 1
@@ -201,9 +205,9 @@ def published_section(lines: list[dict]) -> str:
             verdict = "below" if interval == "FAIL" else interval
             rows.append([*cells[:4], cells[6], number(line["iqm"] - float(best)), verdict])
     text = f"""\
-{len(compared)} rows have a score that was published for about their budget. At or above the best one, whatever its
-protocol: {counts["reached"]}, of which {counts["PASS"]} with their whole interval. Below it with their whole interval:
-{counts["FAIL"]}.
+{len(compared)} rows have a published score beside them, of their budget if there is one, as the sources below tell. At
+or above the best one, whatever its protocol: {counts["reached"]}, of which {counts["PASS"]} with their whole interval.
+Below it with their whole interval: {counts["FAIL"]}. Intervals of fewer than five seeds do not count.
 """
     if len(rows) > 1:
         text += f"\n{aligned(rows)}\n"
@@ -211,8 +215,8 @@ protocol: {counts["reached"]}, of which {counts["PASS"]} with their whole interv
     ahead = [line for line in single if line["iqm"] < float(line["reference"]["single_run"])]
     if single:
         text += f"""
-The best score is one over several seeds if there is one. Of {len(single)} of these rows a single run was published that
-went beyond it, and whose luck nobody knows. Below it: {len(ahead)}.
+The best score is one over several seeds if there is one. For {len(single)} of these rows a single run was published
+that went beyond it, and whose luck nobody knows. Below it: {len(ahead)}.
 """
     if ahead:
         rows = [[*HEAD[:4], "Single run"]]
@@ -355,7 +359,7 @@ def readme_part(baselines: Path, references: dict[Row, dict[str, str]]) -> str:
 def insert(readme: str, text: str) -> str:
     """The README with `text` between the marks."""
     if readme.count(BEGIN) != 1 or readme.count(END) != 1:
-        raise ValueError(f"the README must hold {BEGIN} and {END} once")
+        raise Refusal(f"the README must hold {BEGIN} and {END} once")
     head, rest = readme.split(BEGIN)
     _, tail = rest.split(END)
     return f"{head}{BEGIN}\n{text}{END}{tail}"

@@ -12,15 +12,16 @@ import gymnasium as gym
 import numpy as np
 from scipy.stats import trim_mean
 
-from benchmark.run import Cell, file_name, is_number, read_object, read_result, replace_text, suite_cells
+from benchmark.run import Cell, Refusal, file_name, is_number, read_object, read_result, replace_text, suite_cells
 from benchmark.suites import NO_FLOOR, SUITES, TABULATED
 
 Row = tuple[str, str, int]  # algorithm with its flags, environment, steps
 FOLDER = Path(__file__).parent
 PACKAGES = ("torch", "gymnasium", "numpy", "mujoco", "ale-py", "MinAtar", "Box2D")
-# What config.json holds beside hyperparameters; older scripts recorded all versions and the commit there.
+# What config.json holds beside hyperparameters.
 PLUMBING = {"algo", "seed", "run_dir", "track", "capture_video", "checkpoint_every", "resume", "torch", "gymnasium"}
-PLUMBING |= {"save_buffer", "versions", "git_commit"}
+PLUMBING |= {"save_buffer"}
+FEWEST = 5  # seeds whose interval is judged: that of two or three is from the lowest to the highest score
 COUNTS = {"seed", "total_timesteps", "trained_steps", "eval_cut"}  # what result.json holds beside measurements
 # Nine of the ten colours of Petroff (2021), which colour-blind readers can tell apart; the tenth is faint on white.
 COLOURS = ["#94a4a2", "#b9ac70", "#ffa90e", "#a96b59", "#832db6", "#717581", "#e76300", "#3f90da", "#bd1f01"]
@@ -94,6 +95,8 @@ def summarise(row: Row, runs: list[dict], planned: int, references: dict[Row, di
     line["sps"] = np.median([run["sps"] for run in runs])
     line["verdict"] = judge(iqm, iqm, reference["bar"], whole)
     line["interval"] = judge(low, high, reference["bar"], whole)
+    if reference["bar"] and len(runs) < FEWEST:
+        line["interval"] = "few"
     return line
 
 
@@ -113,7 +116,7 @@ def learning_curve(run_dir: Path, name: str = "episodic_return", points: int = 1
         lines = [line for line in lines if name in line]
         data = np.array([(x["global_step"], x[name], x["episodes"]) for x in lines if x["episodes"]])
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged") from error
+        raise Refusal(f"{path} is damaged") from error
     chunks = np.array_split(data, min(points, len(data))) if len(data) else []
     return [[float(c[-1, 0]), round(float(np.average(c[:, 1], weights=c[:, 2])), 2)] for c in chunks]
 
@@ -159,7 +162,7 @@ def collect(runs: Path, baselines: Path) -> None:
             mine = {key: value for key, value in config.items() if key not in PLUMBING}
             hyperparameters = hyperparameters or mine
             if differing := differences(hyperparameters, mine):
-                raise ValueError(f"{run_dir} differs from the seeds before it in {', '.join(differing)}")
+                raise Refusal(f"{run_dir} differs from the seeds before it in {', '.join(differing)}")
             seeds[cell.seed] = kept_run(run_dir, cell.seed, result)
         if hyperparameters is None:
             continue

@@ -55,6 +55,10 @@ class Cell(NamedTuple):
         return f"{file_name(self.row)}__{self.seed}"
 
 
+class Refusal(ValueError):
+    """Bad input or a fault from outside, said in one sentence; main() prints it without a traceback."""
+
+
 def file_name(row: tuple[str, str, int]) -> str:
     """A table row as a part of file names."""
     return "__".join(map(str, row)).replace("/", "-").replace(" ", "")
@@ -63,7 +67,7 @@ def file_name(row: tuple[str, str, int]) -> str:
 def parse_seeds(text: str) -> list[int]:
     """[1, 2, 3, 7] from "1-3,7"."""
     if not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", text):
-        raise ValueError(f"seeds look like 1-3,7 and not like {text!r}")
+        raise Refusal(f"seeds look like 1-3,7 and not like {text!r}")
     ranges = [part.split("-") for part in text.split(",")]
     return [seed for ends in ranges for seed in range(int(ends[0]), int(ends[-1]) + 1)]
 
@@ -71,7 +75,7 @@ def parse_seeds(text: str) -> list[int]:
 def suite_cells(suite: str, algo: str = "", env: str = "", seeds: str = "", steps: int = 0) -> list[Cell]:
     """The cells of a suite; algo and env choose among its rows, seeds and steps take the place of its own."""
     if suite not in SUITES:
-        raise ValueError(f"there is no suite {suite!r}, but there are {', '.join(SUITES)}")
+        raise Refusal(f"there is no suite {suite!r}, but there are {', '.join(SUITES)}")
     cells = [
         Cell(name, env_id, steps or row_steps, seed, flags)
         for algos, env_id, row_steps, row_seeds, flags in SUITES[suite]
@@ -83,13 +87,13 @@ def suite_cells(suite: str, algo: str = "", env: str = "", seeds: str = "", step
 
 
 def read_object(path: Path) -> dict:
-    """The JSON object in a file; raises ValueError with one sentence if the file holds anything else."""
+    """The JSON object in a file; raises Refusal with one sentence if the file holds anything else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         content = None
     if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged: it holds no JSON object")
+        raise Refusal(f"{path} is damaged: it holds no JSON object")
     return content
 
 
@@ -204,7 +208,7 @@ def command(cell: Cell, run_dir: Path, algos: Path) -> list[str]:
         return [*words, "--resume", str(run_dir)]
     words += ["--env-id", cell.env_id, "--seed", str(cell.seed), "--total-timesteps", str(cell.steps)]
     words += ["--run-dir", str(run_dir), "--torch-threads", "1"]  # processes side by side beat threads
-    if cell.base in OFF_POLICY and cell.steps >= 1_000_000:  # an interrupted run goes on where it was
+    if cell.base in OFF_POLICY:  # an interrupted run goes on where it was
         words += ["--save-buffer", "--checkpoint-every", "100000"]
     return words + shlex.split(cell.flags)
 
@@ -294,6 +298,11 @@ def run_cells(cells: list[Cell], workers: int, out: Path, launcher: Local) -> li
     A cell that refuses to continue a damaged run starts afresh, but only once.
     """
     waiting = [cell for cell in cells if read_result(out / cell.name) is None]
+    older: dict[str, list[str]] = {}  # what is finished, but was made by another text of its script
+    for cell in cells:
+        script = launcher.algos / f"{cell.algo}.py"
+        if cell not in waiting and noted_script(out / cell.name) != text_hash(script):
+            older.setdefault(script.name, []).append(cell.name)
     failed: list[Cell] = []
     foreign: set[Cell] = set()  # what another process was seen to train
     afresh: set[Cell] = set()  # what was found damaged
@@ -308,6 +317,9 @@ def run_cells(cells: list[Cell], workers: int, out: Path, launcher: Local) -> li
 
     def steps_done(seen: dict[Cell, tuple[int, float | None]]) -> int:
         return total - sum(max(cell.steps - step, 0) for cell, (step, _) in seen.items())
+
+    for script, names in older.items():
+        tell(f"{len(names)} finished runs are of another text of {script}; to train them anew, delete {names[0]} ...")
 
     options: dict = dict(total=total, initial=steps_done(launcher.progress(waiting)), unit=" steps", unit_scale=True)
     options |= dict(dynamic_ncols=True)

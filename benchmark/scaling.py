@@ -158,9 +158,10 @@ def summary(found: dict) -> str:
     computed = ", ".join(f"{expected(found, count):,.0f} with {count}" for count in (4, 16, 64))
     seeds = len(next(iter(found["settings"].values())))
     return f"""\
-CartPole-v1 on {found["cpu"]} with {found["cores"]} cores, {seeds} seeds, medians. Two cores show that several processes
-are correct, and not how they scale: processes that wait for each other take these cores from one another. Strong
-scaling divides the environments of one process, weak scaling gives each process as many.
+CartPole-v1 on {found["cpu"]} with {found["cores"]} cores, {seeds} seeds, medians. Two cores can show that several
+processes work, but not how they scale: processes that wait for each other take these cores from one another. Strong
+scaling divides the environments of one process, weak scaling gives each process as many. Seconds to 475: until the mean
+return of the last 100 training episodes is 475.
 
 {aligned(rows)}
 

@@ -1,4 +1,4 @@
-"""Measures our scripts against their peers or their own past: one core, equal hyperparameters, in turn."""
+"""Measures our scripts against their peers or their own past: one core, in alternating runs."""
 
 import hashlib
 import importlib.metadata
@@ -19,7 +19,7 @@ from statistics import median
 
 from tqdm import tqdm
 
-from benchmark.run import read_object, replace_text
+from benchmark.run import Refusal, read_object, replace_text
 from benchmark.tasks import OURS, TASKS, Task
 
 FOLDER = Path(__file__).parent
@@ -37,7 +37,7 @@ def select(algo: str, env: str, peers: Sequence[str]) -> list[Task]:
         if kinds and algo in ("", task.script) and env in ("", task.env_id):
             chosen.append(task._replace(peers=" ".join(kinds)))
     if not chosen:
-        raise ValueError("speed has no task with this algorithm, environment and peers")
+        raise Refusal("speed has no task with this algorithm, environment and peers")
     return chosen
 
 
@@ -74,7 +74,7 @@ def timed(words: list[str], **variables: str) -> dict:
     if process.returncode:
         framed = [line.strip("│ ") for line in text.splitlines() if line.startswith("│")]  # by tyro, its advice last
         told = framed[0] if framed else text.strip().rpartition("\n")[2]
-        raise ValueError(f"{shlex.join(words)} failed with exit code {process.returncode}: {told}")
+        raise Refusal(f"{shlex.join(words)} failed with exit code {process.returncode}: {told}")
     return dict(text=text, seconds=seconds, peak_mib=usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10))
 
 
@@ -121,7 +121,7 @@ def make_peer(peer: str) -> str:
         names = ("torch", "numpy", "gymnasium[mujoco]", "mujoco")
         pins = [f"{name}=={importlib.metadata.version(name.split('[')[0]).partition('+')[0]}" for name in names]
         if subprocess.run([python, "-m", "pip", "install", "--quiet", *pins, *PEERS[peer]]).returncode:
-            raise ValueError(f"{peer} could not be installed: --peer-python {peer}=PYTHON takes one that has it")
+            raise Refusal(f"{peer} could not be installed: --peer-python {peer}=PYTHON takes one that has it")
         (folder / "ready").touch()
     return python
 
@@ -204,7 +204,7 @@ def against(revision: str, tasks: list[Task], rounds: int, steps: int) -> None:
         for script in {f"{task.script}.py" for task in tasks}:
             shown = subprocess.run(["git", "-C", str(ALGOS), "show", f"{revision}:./{script}"], capture_output=True)
             if shown.returncode:
-                raise ValueError(f"--against {revision}: {shown.stderr.decode().strip()}")
+                raise Refusal(f"--against {revision}: {shown.stderr.decode().strip()}")
             (then / script).write_bytes(shown.stdout)
         print(HEAD)
         for task in tasks:
@@ -247,7 +247,7 @@ def row(script: str, peer: str, env_id: str, entry: dict) -> str:
 
 def summary(found: dict) -> str:
     """The measurements as Markdown."""
-    groups = {"equal hyperparameters": found["versions"]} | found["peers"]
+    groups = {"ours": found["versions"]} | found["peers"]
     versions = []
     for name, group in groups.items():
         if not group:

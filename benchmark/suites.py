@@ -32,10 +32,13 @@ SUITES = {
         ("n_step_dqn noisy_dqn c51 qr_dqn", "CartPole-v1", 50_000, "1-10", ""),
         ("pqn", "CartPole-v1", 100_000, "1-10", ""),
         ("dqn double_dqn dueling_dqn n_step_dqn c51 qr_dqn rainbow", "Acrobot-v1", 100_000, "1-10", ""),
-        ("dqn noisy_dqn qr_dqn", "MountainCar-v0", 120_000, "1-10", ""),
         ("ddpg td3 sac", "Pendulum-v1", 20_000, "1-10", ""),
     ],
-    "unsteady": [("ppo_clip", "FrozenLake-v1", 100_000, "1-10", ""), ("rainbow", "CartPole-v1", 50_000, "1-10", "")],
+    "unsteady": [
+        ("ppo_clip", "FrozenLake-v1", 100_000, "1-10", ""),
+        ("rainbow", "CartPole-v1", 50_000, "1-10", ""),
+        ("dqn noisy_dqn qr_dqn", "MountainCar-v0", 120_000, "1-10", ""),
+    ],
     "box2d": [
         ("ppo_clip", "LunarLander-v3", 1_000_000, "1-10", ""),
         ("double_dqn prioritized_dqn rainbow", "LunarLander-v3", 300_000, "1-5", ""),
@@ -112,6 +115,7 @@ SUITES["ppo_paper"] = [
     (algo, env_id, 1_000_000, "1-3", flags) for env_id in PPO_PAPER_ENVS for _, algo, flags, _ in PPO_PAPER
 ]
 TORCHRUN = {"ddppo": 2}  # how many processes torchrun starts of a script
-OFF_POLICY = {"ddpg", "td3", "sac", "dqn", "noisy_dqn", "qr_dqn", "rainbow"}  # a million of their steps takes an hour
+OFF_POLICY = {"ddpg", "td3", "sac", "dqn", "double_dqn", "dueling_dqn", "prioritized_dqn", "n_step_dqn", "noisy_dqn"}
+OFF_POLICY |= {"c51", "qr_dqn", "rainbow"}  # what has a replay buffer
 NO_FLOOR = {"RandomWalk-v0", "reviews", "countdown"}  # where a policy that acts at random has no score
 TABULATED = [suite for suite in SUITES if suite not in ("ci", "ppo_paper")]  # ppo_paper has a table of its own

@@ -137,8 +137,8 @@ def test_scores_on_mujoco_are_normalised(tmp_path, monkeypatch):
     assert {algo: x.tolist() for algo, x in scores.items()} == {"a": [[0, 0.25], [1, 0.5]]}
 
 
-def test_what_reaches_the_best_published_score(tmp_path):
-    """Those that do not are told, with the difference."""
+def test_what_reaches_the_best_published_score(tmp_path, monkeypatch):
+    """Those that do not are told, with the difference; intervals of few seeds count on neither side."""
 
     def line(algo: str, best: str, *scores: float) -> dict:
         runs = [dict(eval_mean=score, sps=1.0) for score in scores]
@@ -147,10 +147,14 @@ def test_what_reaches_the_best_published_score(tmp_path):
         )
 
     lines = [line("sure", "10", 10, 11), line("so", "10", 9, 12), line("no", "20", 9, 12), line("alone", "", 1, 2)]
+    text = " ".join(markdown.published_section(lines).split())
+    assert "2, of which 0 with their whole interval. Below it with their whole interval: 0." in text
+    assert "-9.50 | few |" in text
+    monkeypatch.setattr(report, "FEWEST", 2)
     text = markdown.published_section([*lines, line("barely", "20", 19, 20)])
-    assert text.startswith("4 rows have a score")
+    assert text.startswith("4 rows have a published score")
     told = "the best one, whatever its protocol: 2, of which 1 with their whole interval. Below it with their whole"
-    assert f"{told} interval: 1. |" in " ".join(text.split())
+    assert f"{told} interval: 1. Intervals" in " ".join(text.split())
     cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row in text.splitlines() if row.startswith("|")]
     assert cells[2:] == [
         ["no", "X-v0", "1", "10.5 [9.00, 12.0]", "20 (p)", "-9.50", "below"],
@@ -160,7 +164,7 @@ def test_what_reaches_the_best_published_score(tmp_path):
     for line, single in ((lines[0], "10.1"), (lines[1], "12")):
         line["reference"]["single_run"] = single
     text = markdown.published_section(lines)
-    assert "Of 2 of these rows a single run was published" in " ".join(text.split())
+    assert "For 2 of these rows a single run was published" in " ".join(text.split())
     told = text.split("nobody knows. Below it: 1.")[1].strip().splitlines()[2:]
     assert [[cell.strip() for cell in row.split("|")[1:-1]] for row in told] == [
         ["so", "X-v0", "1", "10.5 [9.00, 12.0]", "12.0"]
@@ -186,11 +190,14 @@ def test_scripts_of_several_processes_are_started_by_torchrun(algo):
     assert words.index(str(Path(f"algos/{algo}.py"))) == words.index("--nproc-per-node") + 2
 
 
-def test_runs_of_hours_keep_their_replay_buffer():
-    long = [("sac", 1_000_000, True), ("sac-2a6e91d69b", 1_000_000, True)]
-    for algo, steps, kept in [*long, ("sac", 100_000, False), ("ppo_clip", 1_000_000, False)]:
-        words = command(Cell(algo, "X-v0", steps, 1), Path("d"), Path("algos"))
-        assert ("--save-buffer" in words) == ("--checkpoint-every" in words) == kept
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.stem)
+def test_runs_keep_their_replay_buffer(path):
+    """Each script that has one; else a run that was interrupted would go on with an empty one."""
+    name = path.stem
+    text = path.read_text(encoding="utf-8")
+    for algo in (name, f"{name}-2a6e91d69b"):
+        words = command(Cell(algo, "X-v0", 1000, 1), Path("d"), Path("algos"))
+        assert ("--save-buffer" in words) == ("--checkpoint-every" in words) == ("save_buffer: bool" in text)
 
 
 def test_suites_and_references_fit():
@@ -257,7 +264,8 @@ def test_bad_command_lines_end_in_code_2(capsys, words):
     ("bar", "code", "verdicts"),
     [("25", 0, ["PASS", "open"]), ("25.1", 1, ["FAIL", "open"]), ("10", 0, ["PASS"] * 2), ("", 0, ["-"] * 2)],
 )
-def test_exit_code_tells_the_bar(bench, capsys, bar, code, verdicts):
+def test_exit_code_tells_the_bar(bench, capsys, monkeypatch, bar, code, verdicts):
+    monkeypatch.setattr(report, "FEWEST", 4)
     assert bench("run", "--suite", "toy", "--env", "Toy/Env-v0", "--workers", "4", bar=bar) == code
     row = next(line for line in capsys.readouterr().out.splitlines() if "Toy" in line)
     assert "25.0 [" in row
@@ -266,7 +274,24 @@ def test_exit_code_tells_the_bar(bench, capsys, bar, code, verdicts):
 
 def test_too_few_seeds_prove_nothing(bench, capsys):
     assert bench("run", "--suite", "toy", "--env", "Toy/Env-v0", "--seeds", "3-4", bar="25") == 0
-    assert "| short | short    |" in capsys.readouterr().out
+    assert "| short | few      |" in capsys.readouterr().out
+
+
+def test_old_results_are_told(bench, tmp_path, capsys):
+    """An edited script, whose scores are those of its earlier text; once for all its runs."""
+    words = ("run", "--suite", "toy", "--env", "Toy/Env-v0", "--workers", "4")
+    bench(*words)
+    assert "another text" not in capsys.readouterr().err
+    bench(*words)
+    assert "another text" not in capsys.readouterr().err
+    script = tmp_path / "fake.py"
+    script.write_text(script.read_text() + "# Another text.\n")
+    bench(*words)
+    told = [line for line in capsys.readouterr().err.splitlines() if "another text" in line]
+    assert len(told) == 1
+    assert told[0].startswith(
+        "4 finished runs are of another text of fake.py; to train them anew, delete fake__Toy-Env"
+    )
 
 
 def test_report_keeps_results_and_check_finds_stale_files(bench, tmp_path, capsys):

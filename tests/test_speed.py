@@ -102,7 +102,7 @@ def test_table_by_hand():
         )
     )
     assert text.splitlines()[0] == (
-        "Abacus, one thread, equal hyperparameters: torch 2, numpy 3; sb3: stable-baselines3 4; sbx: sbx-rl 5, jax 6."
+        "Abacus, one thread, ours: torch 2, numpy 3; sb3: stable-baselines3 4; sbx: sbx-rl 5, jax 6."
     )
     assert text.splitlines()[4:7] == [  # in the order of TASKS; what is no longer there comes last
         "| td3 | sb3.TD3 | HalfCheetah-v5 | 10 | 20 | 20 | 1.00 [0.50, 3.00], 3 runs | 20 against 10 |",

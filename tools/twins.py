@@ -200,6 +200,9 @@ def repair(edited: str, other: str) -> tuple[str, list[str]]:
 
 def main(argv: list[str]) -> int:
     """Repair drift from the script in argv, if there is one, and report what is left; the exit code."""
+    if any(word.startswith("-") for word in argv):
+        print(__doc__)
+        return 2
     scripts = sorted(ALGOS.glob("*.py"))
     for edited in map(Path, argv):
         if not edited.is_file():
