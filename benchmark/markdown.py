@@ -44,8 +44,8 @@ not below it, with fewer; open: the interval holds the bar; few: fewer than five
 published scores with their sources are in [`references.csv`](references.csv), and a bar that no source explains is
 ours; the score and the curve of every seed are in [`baselines/`](baselines). Steps per second in this table are of runs
 side by side; the comparison of speed at the end had the machine to itself. There, our time includes compilation, which
-takes longest in a first round, and [`speed.json`](baselines/speed.json) has a hash of the texts that ran, which are
-older than those of today.
+takes longest in a first round, and [`speed.json`](baselines/speed.json) has a hash of the texts that ran, which may
+be older than those of today.
 """
 PAPER = """\
 The experiment of the PPO paper (section 6.1) with these scripts: mean return of the last 100 training episodes after 1M
