@@ -144,7 +144,7 @@ class Script:
     """A launcher whose only cell is, at each look, as far as the next of `steps`."""
 
     def __init__(self, out, *steps):
-        self.out, self.steps, self.running = out, list(steps), {}
+        self.out, self.algos, self.steps, self.running = out, out, list(steps), {}
 
     def start(self, cell, log):
         self.running[cell] = log
