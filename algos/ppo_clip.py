@@ -280,7 +280,10 @@ FAMILIES = {
         total_timesteps=1_000_000, num_envs=1, num_steps=2048, update_epochs=10, num_minibatches=32,
         learning_rate=3e-4, log_std_init=-0.7, norm_obs=True, compile=True,
     ),
-    "MinAtar/": dict(total_timesteps=1_000_000, num_envs=64, num_minibatches=8, ent_coef=0.01, norm_reward=False),
+    "MinAtar/": dict(
+        total_timesteps=1_000_000, num_envs=16, update_epochs=10, num_minibatches=8, gae_lambda=0.8, ent_coef=0.01,
+        norm_reward=False,
+    ),
     "ALE/": dict(
         total_timesteps=10_000_000, num_envs=8, update_epochs=3, learning_rate=2.5e-4, clip_coef=0.1, anneal_clip=True,
         vf_coef=0.25, ent_coef=0.01, norm_reward=False, clip_reward=True, torch_threads=0,
