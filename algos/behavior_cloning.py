@@ -20,8 +20,8 @@ the squared error |a - mu(s)|^2 / 2 plus a constant.
     python algos/behavior_cloning.py --env-id Hopper-v5 --demonstrations main_data.hdf5  # a data set of Minari
 
 A clone that errs comes to states that the demonstrator never showed, and errs the more: L counts no errors there. From
-one episode of the lander it learns to repeat nearly all actions, yet in most of its own it crashes. dagger.py shows a
-way out.
+one episode of the lander it learns to repeat nearly all actions, yet most of its own end below 0. dagger.py shows a way
+out.
 
 Steps are samples here: each gradient step counts batch_size of them. Demonstrations are whole episodes, and so is what
 is held out, for the pairs of one episode are much alike. The demonstrator is deterministic unless told otherwise. Not
