@@ -135,7 +135,7 @@ def dpo_loss(
 
 
 def shuffled_batches(pairs: dict[str, Tensor], args: Args) -> Iterator[dict[str, Tensor]]:
-    """Batches of pairs, one pass over all of them after the other, each in another order; a resumed run has the same."""
+    """Batches of pairs, pass after pass over all of them, each in another order; a resumed run has the same."""
     generator = torch.Generator().manual_seed(env_seed(args.seed, 0))
     while True:
         for rows in torch.randperm(len(pairs["chosen"]), generator=generator).split(args.batch_size):
