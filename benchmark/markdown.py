@@ -82,6 +82,11 @@ change more often than results, in comments for instance: `python -m benchmark c
 says whether today's scripts do what those of a commit did.
 """
 
+MISSING = """\
+Some rows of the suites have not been run yet, or not with all of their seeds. `python -m benchmark run` with the suite
+that each line begins with makes them, and their bars and published scores are in [`references.csv`](references.csv).
+"""
+
 MEASURES = {  # by suite: title, what is said of the numbers beside the score, and the picture if there is one
     "prediction": ("The values of a random walk", """\
 The policy is given, so the score is minus the mean error of V. The root mean square error (rmse) over the 19 states is
@@ -263,6 +268,23 @@ def origins_section(baselines: Path) -> str:
     return f"{ORIGINS}\n{aligned(rows)}\n\nVersions: {told}.\n" if seen else ""
 
 
+def missing_section(baselines: Path) -> str:
+    """The rows that the suites name, but that are not there with all of their seeds; empty if there are none."""
+    seen = set()
+    told: dict[tuple[str, str, int], list[str]] = defaultdict(list)
+    for suite in [*report.TABULATED, "ppo_paper"]:
+        kept = read_baselines(baselines, suite)
+        for row, cells in report.suite_rows(suite).items():
+            there = len(kept.get(row, []))
+            if row in seen or there >= len(cells):
+                continue
+            seen.add(row)
+            algo, env_id, steps = row
+            told[suite, env_id, steps].append(f"{algo} ({there} of {len(cells)} seeds)" if there else algo)
+    lines = [f"- {suite}, {env}, {steps:,} steps: {', '.join(algos)}\n" for (suite, env, steps), algos in told.items()]
+    return f"{MISSING}\n{''.join(lines)}" if lines else ""
+
+
 def speed_section(baselines: Path) -> str:
     """What was measured of speed; empty if nothing was."""
     path = baselines / "speed.json"
@@ -286,6 +308,7 @@ def results_file(baselines: Path, references: dict[Row, dict[str, str]]) -> str:
     sections = {
         "Against the best published scores": published_section(lines),
         "MuJoCo as a whole": mujoco_section(baselines, references),
+        "What is missing": missing_section(baselines),
         "Where the bars and the published scores come from": sources,
         "Learning curves": curves,
         **measures,

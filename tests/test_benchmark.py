@@ -501,6 +501,34 @@ def test_the_table_of_the_readme_by_hand(tmp_path, monkeypatch):
     assert lines[-1].startswith('<img src="benchmark/baselines/curves/Env3-v3__10000000.svg"')
 
 
+def test_what_has_not_been_run_is_told(tmp_path, monkeypatch):
+    """Each row once, and those that lack some seeds only; what is whole is not named."""
+    for suite in list(SUITES):
+        monkeypatch.setitem(SUITES, suite, [])
+    monkeypatch.setattr(report, "TABULATED", ["toy", "again"])
+    monkeypatch.setitem(SUITES, "toy", [("whole part none", "A-v0", 5000, "1-2", ""), ("none", "B-v0", 5, "1", "")])
+    monkeypatch.setitem(SUITES, "again", [("none", "A-v0", 5000, "1-2", ""), ("whole", "A-v0", 5000, "1-2", "--k 3")])
+    monkeypatch.setitem(SUITES, "ppo_paper", [("none", "C-v0", 5, "1", "--k 3")])
+
+    def keep(algo: str, runs: int) -> None:
+        row = (algo, "A-v0", 5000)
+        seeds = [dict(seed=seed) for seed in range(1, runs + 1)]
+        (tmp_path / f"{file_name(row)}.json").write_text(json.dumps(dict(row=row, seeds=seeds)))
+
+    keep("whole", 2)
+    keep("part", 1)
+    assert markdown.missing_section(tmp_path).split("\n\n")[1].splitlines() == [
+        "- toy, A-v0, 5,000 steps: part (1 of 2 seeds), none",
+        "- toy, B-v0, 5 steps: none",
+        "- again, A-v0, 5,000 steps: whole --k 3",
+        "- ppo_paper, C-v0, 5 steps: none --k 3",
+    ]
+    monkeypatch.setitem(SUITES, "toy", [("whole", "A-v0", 5000, "1-2", "")])
+    for suite in ("again", "ppo_paper"):
+        monkeypatch.setitem(SUITES, suite, [])
+    assert markdown.missing_section(tmp_path) == ""
+
+
 def test_the_files_of_the_repository_are_short_and_whole():
     """The README's part leaves room for the rest of it; every picture and file that is linked to is there."""
     readme = (ROOT / "README.md").read_text()
