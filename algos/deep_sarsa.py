@@ -15,7 +15,7 @@ where a' is the action that the policy takes in s' (on-policy). So Q values expl
 distance from the edge that Q-learning does not. No gradient flows through the target (semi-gradient).
 
     python algos/deep_sarsa.py --env-id CartPole-v1        # 499 after 200,000 steps
-    python algos/deep_sarsa.py --env-id CliffWalking-v1    # trains 100,000 steps
+    python algos/deep_sarsa.py --env-id CliffWalking-v1    # -17 after 100,000 steps
 
 Not in the book: a gradient step learns from one transition of each of N environments; Adam, clipped gradients, and a
 step size and an epsilon that fall.
@@ -177,8 +177,8 @@ def train(args: Args) -> dict:
         if args.clip_reward:
             reward = reward.clip(-1, 1)
 
-        # Draw a' once: the target has it, and the next step takes it, unless that is a reset, which takes no action.
-        # Then a' is for the target alone: a truncation needs it, and after a termination it does not count.
+        # Draw a' once: it stands in the target, and the next step takes it. After a truncation it is for the target
+        # alone, because the next step is a reset; after a termination it is for neither.
         next_action = agent.act(next_obs)
 
         # Optimise by one gradient step on the N transitions, less those that only reset.
@@ -207,7 +207,7 @@ FAMILIES = {
     "Acrobot MountainCar": dict(total_timesteps=300_000, hidden_size=256, eval_episodes=100),
     "LunarLander": dict(total_timesteps=1_000_000, hidden_size=256, compile=True),
     "CliffWalking": dict(
-        total_timesteps=100_000, gamma=1.0, start_e=0.1, end_e=0.1, env_kwargs='{"max_episode_steps": 200}',
+        total_timesteps=100_000, start_e=0.1, end_e=0.1, env_kwargs='{"max_episode_steps": 200}',
     ),
     "MinAtar/": dict(total_timesteps=1_000_000, num_envs=64, learning_rate=2.5e-4, exploration_fraction=0.1),
     "ALE/": dict(
@@ -656,7 +656,7 @@ class Run:
                     state = state | dict(param_groups=part.state_dict()["param_groups"])
                 part.load_state_dict(state)
         except (RuntimeError, ValueError) as error:
-            raise Refusal(f"{self.dir} holds networks or a buffer of other sizes than the flags ask for") from error
+            raise Refusal(f"{self.dir} does not hold the networks, or the buffer, that the flags ask for") from error
         torch.manual_seed(env_seed(self.args.seed, self.step))  # not the random numbers of the start again
         Run.saved = f"--resume {self.dir} continues from step {self.step}"
 

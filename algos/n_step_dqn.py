@@ -19,8 +19,8 @@ truncation, and at the newest step, Q_target values the last state that was seen
     python algos/n_step_dqn.py --env-id Acrobot-v1     # -77 after 100,000 steps
 
 As in the papers, nothing corrects for later actions of the n steps that the current policy would not take. Not in the
-papers: a step size that falls to 0, and clipping of the gradient's norm in place of the errors, for with clipped errors
-the minimum is not the mean. All periods count single steps, so that several environments learn as often as one.
+papers: Adam's eps (1e-5, in Rainbow's 1.5e-4), a step size that falls to 0, and clipped gradients. All periods count
+single steps, so that several environments learn as often as one.
 
 Read to the end of train(); what follows the ruler is plumbing that the scripts share.
 """
@@ -59,7 +59,7 @@ class Args:
     env_id: str = "CartPole-v1"  # Gymnasium id, also ALE/*, MinAtar/* or module:YourEnv-v0; decides other defaults
     total_timesteps: int = 50_000  # environment steps to train for
     num_envs: int = 4  # N, environments side by side
-    buffer_size: int = 50_000  # transitions that the replay buffer holds
+    buffer_size: int = 50_000  # environment steps that the replay buffer holds
     learning_starts: int = 1000  # environment steps before the first gradient step
     batch_size: int = 128  # transitions per gradient step
     train_frequency: int = 2  # environment steps per gradient step
@@ -137,16 +137,16 @@ def td_target(rewards: Tensor, terminated: Tensor, next_values: Tensor, gamma: f
 
 
 def n_step_batch(
-    buffer: "ReplayBuffer", rows: np.ndarray, envs: np.ndarray, n: int, gamma: float, device: torch.device
+    buffer: "ReplayBuffer", rows: np.ndarray, env_ids: np.ndarray, n: int, gamma: float, device: torch.device
 ) -> dict[str, Tensor]:
-    """Transitions (B, ...) that start at these rows and envs (B,): n steps, or fewer up to an end or the newest step.
+    """Transitions (B, ...) that start at these places (B,): n steps, or fewer up to an end or the newest step.
 
     Of m steps, `rewards` is the discounted sum, `terminated` and `next_obs` are those of the last one, and `discounts`
     is gamma^m.
     """
-    k = np.arange(n)
+    k = np.arange(min(n, buffer.num_rows))
     window_rows = (rows[:, None] + k) % buffer.num_rows  # (B, n)
-    window = (window_rows, envs[:, None])
+    window = (window_rows, env_ids[:, None])
     head = int(buffer.t) % buffer.num_rows  # this row has the newest observations, but no steps yet
     steps_to_head = (head - rows) % buffer.num_rows
     usable = buffer.valid[window] & (k < steps_to_head[:, None])
@@ -155,11 +155,11 @@ def n_step_batch(
     last = (rows + m - 1) % buffer.num_rows
 
     batch = dict(
-        obs=buffer.obs[rows, envs],
-        actions=buffer.actions[rows, envs],
+        obs=buffer.obs[rows, env_ids],
+        actions=buffer.actions[rows, env_ids],
         rewards=(gamma**k * buffer.rewards[window] * belongs).sum(1).astype(np.float32),  # Rainbow eq. 2
-        terminated=buffer.terminated[last, envs],
-        next_obs=buffer.obs[(last + 1) % buffer.num_rows, envs],
+        terminated=buffer.terminated[last, env_ids],
+        next_obs=buffer.obs[(last + 1) % buffer.num_rows, env_ids],
         discounts=(gamma**m).astype(np.float32),
     )
     return {name: torch.from_numpy(column).to(device) for name, column in batch.items()}
@@ -432,29 +432,29 @@ class ReplayBuffer(nn.Module):
         newest = int(self.t)
         oldest = max(0, newest - self.num_rows + 1)
         places = np.zeros((0, 2), np.int64)  # row and environment
-        while len(places) < batch_size:  # drawn are more than are needed, for what is not valid is left out
+        while len(places) < batch_size:  # draws more than are needed: what is not valid is left out
             rows = torch.randint(oldest, newest, (2 * batch_size,)).numpy() % self.num_rows
-            envs = torch.randint(self.num_envs, (2 * batch_size,)).numpy()
-            valid = self.valid[rows, envs]
-            places = np.concatenate([places, np.stack([rows[valid], envs[valid]], 1)])
-        rows, envs = places[:batch_size].T
-        return rows, envs
+            env_ids = torch.randint(self.num_envs, (2 * batch_size,)).numpy()
+            valid = self.valid[rows, env_ids]
+            places = np.concatenate([places, np.stack([rows[valid], env_ids[valid]], 1)])
+        rows, env_ids = places[:batch_size].T
+        return rows, env_ids
 
-    def gather(self, rows: np.ndarray, envs: np.ndarray, device: torch.device) -> dict[str, Tensor]:
+    def gather(self, rows: np.ndarray, env_ids: np.ndarray, device: torch.device) -> dict[str, Tensor]:
         """The transitions (B, ...) at these rows and environments (B,)."""
         batch = dict(
-            obs=self.obs[rows, envs],
-            actions=self.actions[rows, envs],
-            rewards=self.rewards[rows, envs],
-            terminated=self.terminated[rows, envs],
-            next_obs=self.obs[(rows + 1) % self.num_rows, envs],
+            obs=self.obs[rows, env_ids],
+            actions=self.actions[rows, env_ids],
+            rewards=self.rewards[rows, env_ids],
+            terminated=self.terminated[rows, env_ids],
+            next_obs=self.obs[(rows + 1) % self.num_rows, env_ids],
         )
         return {name: torch.from_numpy(column).to(device) for name, column in batch.items()}
 
     def sample(self, batch_size: int, device: torch.device) -> dict[str, Tensor]:
         """Transitions (batch_size, ...), drawn uniformly and with replacement."""
-        rows, envs = self.draw(batch_size)
-        return self.gather(rows, envs, device)
+        rows, env_ids = self.draw(batch_size)
+        return self.gather(rows, env_ids, device)
 
 
 def gradients_of(
@@ -797,7 +797,7 @@ class Run:
                     state = state | dict(param_groups=part.state_dict()["param_groups"])
                 part.load_state_dict(state)
         except (RuntimeError, ValueError) as error:
-            raise Refusal(f"{self.dir} holds networks or a buffer of other sizes than the flags ask for") from error
+            raise Refusal(f"{self.dir} does not hold the networks, or the buffer, that the flags ask for") from error
         torch.manual_seed(env_seed(self.args.seed, self.step))  # not the random numbers of the start again
         Run.saved = f"--resume {self.dir} continues from step {self.step}"
 

@@ -8,20 +8,20 @@
 
 Gallici et al. 2024, arXiv:2407.04811. Child of dqn.py: fresh steps of parallel environments in place of replay, and
 LayerNorm in place of the target network. N environments take T steps by the epsilon-greedy policy. The return of each
-step looks ahead by Peng's Q(lambda) to the end of the episode or of these T steps,
+step looks ahead by Peng's Q(lambda) to the end of the episode or of these T steps:
 
-    R_t = r_t + gamma (lambda R_{t+1} + (1 - lambda) max_a Q(s_{t+1}, a))
+    R_t = r_t + gamma (lambda R_{t+1} + (1 - lambda) max_a Q(s_{t+1}, a)).
 
-without the bracket where the episode terminates, and with max_a Q(s_{t+1}, a) alone in it where the episode is
-truncated and at the last of the T steps. Several epochs of minibatches then minimise, with these returns,
+Where an episode terminates, R_t = r_t. Where it is truncated, and at the last of the T steps, lambda counts as 0.
+Several epochs of minibatches then minimise, with these returns,
 
     L = E[(R - Q(s, a))^2]
 
     python algos/pqn.py --env-id CartPole-v1            # 500 after 100,000 steps
     python algos/pqn.py --env-id MinAtar/Breakout-v1    # 18 after 1M steps
 
-Not in the paper: the initial weights are PyTorch's, and the layers of a CNN are normalised over channels and pixels
-together, not pixel by pixel.
+Not in the paper: RAdam's eps (1e-5, in the authors' code 1e-8), the initial weights, which are PyTorch's, and the
+layers of a CNN, which are normalised over channels and pixels together, not pixel by pixel.
 
 Read to the end of train(); what follows the ruler is plumbing that the scripts share.
 """
@@ -708,7 +708,7 @@ class Run:
                     state = state | dict(param_groups=part.state_dict()["param_groups"])
                 part.load_state_dict(state)
         except (RuntimeError, ValueError) as error:
-            raise Refusal(f"{self.dir} holds networks or a buffer of other sizes than the flags ask for") from error
+            raise Refusal(f"{self.dir} does not hold the networks, or the buffer, that the flags ask for") from error
         torch.manual_seed(env_seed(self.args.seed, self.step))  # not the random numbers of the start again
         Run.saved = f"--resume {self.dir} continues from step {self.step}"
 

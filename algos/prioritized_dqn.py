@@ -19,8 +19,8 @@ transitions in the buffer. The policy is epsilon-greedy in Q, and Q_target is a 
     python algos/prioritized_dqn.py --env-id CartPole-v1       # 500 after 50,000 steps
     python algos/prioritized_dqn.py --env-id LunarLander-v3    # 247 after 300,000 steps
 
-Not in the paper: Adam in place of RMSprop, a step size that falls to 0, and clipping of the gradient's norm in place of
-the errors, for with clipped errors the minimum is not the mean. All periods count single steps, so that several
+Not in the paper: Adam in place of RMSprop, a step size that falls to 0, and a clipped norm of the gradient in place of
+clipped errors, whose loss is not least at the mean of the targets. All periods count single steps, so that several
 environments learn as often as one.
 
 Read to the end of train(); what follows the ruler is plumbing that the scripts share.
@@ -60,7 +60,7 @@ class Args:
     env_id: str = "CartPole-v1"  # Gymnasium id, also ALE/*, MinAtar/* or module:YourEnv-v0; decides other defaults
     total_timesteps: int = 50_000  # environment steps to train for
     num_envs: int = 4  # N, environments side by side
-    buffer_size: int = 50_000  # transitions that the replay buffer holds
+    buffer_size: int = 50_000  # environment steps that the replay buffer holds
     learning_starts: int = 1000  # environment steps before the first gradient step
     batch_size: int = 128  # transitions per gradient step
     train_frequency: int = 2  # environment steps per gradient step
@@ -139,7 +139,8 @@ class Priorities(nn.Module):
         self.tree = SumTree(buffer.num_rows * buffer.num_envs)
         self.leaves = self.tree.sums[-1].reshape(-1)  # shares the memory of the tree, and so does the module's buffer
         self.register_buffer("_leaves", torch.from_numpy(self.leaves), args.save_buffer)
-        self.register_buffer("largest", torch.ones((), dtype=torch.float64), args.save_buffer)  # so far, and p_1 = 1
+        # The largest p^alpha so far, which starts with p_1 = 1 (algorithm 1, line 2).
+        self.register_buffer("largest", torch.ones((), dtype=torch.float64), args.save_buffer)
 
     def start(self, buffer: "ReplayBuffer") -> None:
         """To be called after buffer.start(): sums up the leaves, which a resumed run has loaded."""
@@ -168,9 +169,9 @@ class Priorities(nn.Module):
         """w_i = (M P(i))^-beta / max_j (M P(j))^-beta (B,) of these places (B,); M cancels (section 3.4)."""
         return (self.leaves[places] / self.tree.minima[0].min()) ** -beta
 
-    def update(self, places: np.ndarray, td_errors: Tensor) -> None:
-        """p_i = |delta_i| + eps for these places (B,) with these |delta_i| (B,) (algorithm 1, line 12)."""
-        p = td_errors.numpy(force=True).astype(np.float64) + self.eps
+    def update(self, places: np.ndarray, errors: Tensor) -> None:
+        """p_i = |delta_i| + eps (algorithm 1, line 12) for these places (B,), whose |delta_i| (B,) are the errors."""
+        p = errors.numpy(force=True).astype(np.float64) + self.eps
         priorities = p**self.alpha
         self.tree.update(places, priorities)
         self.largest.fill_(max(self.largest.item(), priorities.max()))
@@ -461,36 +462,36 @@ class ReplayBuffer(nn.Module):
         newest = int(self.t)
         oldest = max(0, newest - self.num_rows + 1)
         places = np.zeros((0, 2), np.int64)  # row and environment
-        while len(places) < batch_size:  # drawn are more than are needed, for what is not valid is left out
+        while len(places) < batch_size:  # draws more than are needed: what is not valid is left out
             rows = torch.randint(oldest, newest, (2 * batch_size,)).numpy() % self.num_rows
-            envs = torch.randint(self.num_envs, (2 * batch_size,)).numpy()
-            valid = self.valid[rows, envs]
-            places = np.concatenate([places, np.stack([rows[valid], envs[valid]], 1)])
-        rows, envs = places[:batch_size].T
-        return rows, envs
+            env_ids = torch.randint(self.num_envs, (2 * batch_size,)).numpy()
+            valid = self.valid[rows, env_ids]
+            places = np.concatenate([places, np.stack([rows[valid], env_ids[valid]], 1)])
+        rows, env_ids = places[:batch_size].T
+        return rows, env_ids
 
-    def gather(self, rows: np.ndarray, envs: np.ndarray, device: torch.device) -> dict[str, Tensor]:
+    def gather(self, rows: np.ndarray, env_ids: np.ndarray, device: torch.device) -> dict[str, Tensor]:
         """The transitions (B, ...) at these rows and environments (B,)."""
         batch = dict(
-            obs=self.obs[rows, envs],
-            actions=self.actions[rows, envs],
-            rewards=self.rewards[rows, envs],
-            terminated=self.terminated[rows, envs],
-            next_obs=self.obs[(rows + 1) % self.num_rows, envs],
+            obs=self.obs[rows, env_ids],
+            actions=self.actions[rows, env_ids],
+            rewards=self.rewards[rows, env_ids],
+            terminated=self.terminated[rows, env_ids],
+            next_obs=self.obs[(rows + 1) % self.num_rows, env_ids],
         )
         return {name: torch.from_numpy(column).to(device) for name, column in batch.items()}
 
     def sample(self, batch_size: int, device: torch.device) -> dict[str, Tensor]:
         """Transitions (batch_size, ...), drawn uniformly and with replacement."""
-        rows, envs = self.draw(batch_size)
-        return self.gather(rows, envs, device)
+        rows, env_ids = self.draw(batch_size)
+        return self.gather(rows, env_ids, device)
 
 
 class SumTree:
     """Numbers >= 0 in the leaves of a tree, to be drawn in proportion: each node is the sum of its children.
 
     A node has 16 children, where the paper's has 2: fewer levels need fewer calls of numpy. For the importance weights
-    each node also knows the smallest number below it, zeros apart.
+    each node also knows the smallest number below it that is not 0.
     """
 
     def __init__(self, num_leaves: int) -> None:
@@ -865,7 +866,7 @@ class Run:
                     state = state | dict(param_groups=part.state_dict()["param_groups"])
                 part.load_state_dict(state)
         except (RuntimeError, ValueError) as error:
-            raise Refusal(f"{self.dir} holds networks or a buffer of other sizes than the flags ask for") from error
+            raise Refusal(f"{self.dir} does not hold the networks, or the buffer, that the flags ask for") from error
         torch.manual_seed(env_seed(self.args.seed, self.step))  # not the random numbers of the start again
         Run.saved = f"--resume {self.dir} continues from step {self.step}"
 

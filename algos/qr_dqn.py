@@ -6,8 +6,8 @@
 # ///
 """QR-DQN: Q-learning of the distribution of returns by quantile regression.
 
-Dabney et al. 2018, arXiv:1710.10044. Child of dqn.py: quantiles of the return in place of its mean Q. So a network
-learns how returns spread, too, and needs no bounds for them. theta_i(s, a) is the return's quantile at the level
+Dabney et al. 2018, arXiv:1710.10044. Child of dqn.py: quantiles of the return in place of its mean Q. So the network
+also learns how returns spread, and needs no bounds for them. theta_i(s, a) is the return's quantile at the level
 tau_i = (i + 1/2) / n, i = 0 ... n - 1 (tau-hat in the paper), and Q(s, a) is the mean of these. theta minimises
 
     L = E[sum_i mean_j rho(tau_i, r + gamma theta_target,j(s', a') - theta_i(s, a))]
@@ -61,7 +61,7 @@ class Args:
     env_id: str = "CartPole-v1"  # Gymnasium id, also ALE/*, MinAtar/* or module:YourEnv-v0; decides other defaults
     total_timesteps: int = 50_000  # environment steps to train for
     num_envs: int = 4  # N, environments side by side
-    buffer_size: int = 50_000  # transitions that the replay buffer holds
+    buffer_size: int = 50_000  # environment steps that the replay buffer holds
     learning_starts: int = 1000  # environment steps before the first gradient step
     batch_size: int = 128  # transitions per gradient step
     train_frequency: int = 2  # environment steps per gradient step
@@ -263,7 +263,7 @@ FAMILIES = {
     "MinAtar/": dict(
         total_timesteps=1_000_000, num_envs=8, buffer_size=100_000, learning_starts=5000, batch_size=32,
         train_frequency=1, target_network_frequency=1000, learning_rate=2.5e-4, anneal_lr=False,
-        num_quantiles=51, end_e=0.1, exploration_fraction=0.1, compile=True,
+        num_quantiles=51, kappa=10.0, end_e=0.01, exploration_fraction=0.1, compile=True,
     ),
     "ALE/": dict(
         total_timesteps=10_000_000, num_envs=8, buffer_size=100_000, learning_starts=20_000, batch_size=32,
@@ -432,29 +432,29 @@ class ReplayBuffer(nn.Module):
         newest = int(self.t)
         oldest = max(0, newest - self.num_rows + 1)
         places = np.zeros((0, 2), np.int64)  # row and environment
-        while len(places) < batch_size:  # drawn are more than are needed, for what is not valid is left out
+        while len(places) < batch_size:  # draws more than are needed: what is not valid is left out
             rows = torch.randint(oldest, newest, (2 * batch_size,)).numpy() % self.num_rows
-            envs = torch.randint(self.num_envs, (2 * batch_size,)).numpy()
-            valid = self.valid[rows, envs]
-            places = np.concatenate([places, np.stack([rows[valid], envs[valid]], 1)])
-        rows, envs = places[:batch_size].T
-        return rows, envs
+            env_ids = torch.randint(self.num_envs, (2 * batch_size,)).numpy()
+            valid = self.valid[rows, env_ids]
+            places = np.concatenate([places, np.stack([rows[valid], env_ids[valid]], 1)])
+        rows, env_ids = places[:batch_size].T
+        return rows, env_ids
 
-    def gather(self, rows: np.ndarray, envs: np.ndarray, device: torch.device) -> dict[str, Tensor]:
+    def gather(self, rows: np.ndarray, env_ids: np.ndarray, device: torch.device) -> dict[str, Tensor]:
         """The transitions (B, ...) at these rows and environments (B,)."""
         batch = dict(
-            obs=self.obs[rows, envs],
-            actions=self.actions[rows, envs],
-            rewards=self.rewards[rows, envs],
-            terminated=self.terminated[rows, envs],
-            next_obs=self.obs[(rows + 1) % self.num_rows, envs],
+            obs=self.obs[rows, env_ids],
+            actions=self.actions[rows, env_ids],
+            rewards=self.rewards[rows, env_ids],
+            terminated=self.terminated[rows, env_ids],
+            next_obs=self.obs[(rows + 1) % self.num_rows, env_ids],
         )
         return {name: torch.from_numpy(column).to(device) for name, column in batch.items()}
 
     def sample(self, batch_size: int, device: torch.device) -> dict[str, Tensor]:
         """Transitions (batch_size, ...), drawn uniformly and with replacement."""
-        rows, envs = self.draw(batch_size)
-        return self.gather(rows, envs, device)
+        rows, env_ids = self.draw(batch_size)
+        return self.gather(rows, env_ids, device)
 
 
 def gradients_of(
@@ -797,7 +797,7 @@ class Run:
                     state = state | dict(param_groups=part.state_dict()["param_groups"])
                 part.load_state_dict(state)
         except (RuntimeError, ValueError) as error:
-            raise Refusal(f"{self.dir} holds networks or a buffer of other sizes than the flags ask for") from error
+            raise Refusal(f"{self.dir} does not hold the networks, or the buffer, that the flags ask for") from error
         torch.manual_seed(env_seed(self.args.seed, self.step))  # not the random numbers of the start again
         Run.saved = f"--resume {self.dir} continues from step {self.step}"
 

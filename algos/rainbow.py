@@ -9,10 +9,10 @@
 Hessel et al. 2018, arXiv:1710.02298. Child of dqn.py: double Q-learning, dueling streams, prioritised replay, returns
 over n steps, noisy layers and distributions of returns. With all six, Z, a distribution over fixed atoms, minimises
 
-    L = E[w D_KL(Phi(R_n + gamma^n Z_target(s_n, a')) || Z(s, a))]    with  a' = argmax_a Q(s_n, a)
+    L = E[w D_KL(Phi(R_n + gamma^n Z_target(s_n, a')) || Z(s, a))]    with  a' = argmax_a' Q(s_n, a')
 
-over transitions drawn with P ~ (D_KL + eps)^alpha; w corrects for that. R_n is the return over n steps, Phi shares its
-values out to the atoms, Q is the mean of Z, and noise on the weights explores in place of epsilon.
+over transitions drawn with P in proportion to (D_KL + eps)^alpha; w corrects for that. R_n is the return over n steps,
+Phi shares its values out to the atoms, Q is the mean of Z, and noise on the weights explores in place of epsilon.
 
     python algos/rainbow.py --env-id CartPole-v1                  # 492 after 50,000 steps
     python algos/rainbow.py --env-id LunarLander-v3               # 273 after 300,000 steps
@@ -25,8 +25,9 @@ learns as that script does; dueling_dqn.py and prioritized_dqn.py have --double,
 noisy_dqn.py and Priorities of prioritized_dqn.py.
 
 Not in the paper: Adam's eps (1e-5, there 1.5e-4), the eps in P (and alpha is omega there), a step size that falls to 0,
-atoms for each family of environments, a plain dense layer that the streams share, and one draw of noise for the actions
-of all environments. All periods count single steps, so that several environments learn as often as one.
+clipped gradients, atoms for each family of environments, a plain dense layer that the streams share, and one draw of
+noise for the actions of all environments. All periods count single steps, so that several environments learn as often
+as one.
 
 Read to the end of train(); what follows the ruler is plumbing that the scripts share.
 """
@@ -65,7 +66,7 @@ class Args:
     env_id: str = "CartPole-v1"  # Gymnasium id, also ALE/*, MinAtar/* or module:YourEnv-v0; decides other defaults
     total_timesteps: int = 50_000  # environment steps to train for
     num_envs: int = 4  # N, environments side by side
-    buffer_size: int = 50_000  # transitions that the replay buffer holds
+    buffer_size: int = 50_000  # environment steps that the replay buffer holds
     learning_starts: int = 1000  # environment steps before the first gradient step
     batch_size: int = 128  # transitions per gradient step
     train_frequency: int = 2  # environment steps per gradient step
@@ -200,16 +201,16 @@ def td_target(rewards: Tensor, terminated: Tensor, next_values: Tensor, gamma: f
 
 
 def n_step_batch(
-    buffer: "ReplayBuffer", rows: np.ndarray, envs: np.ndarray, n: int, gamma: float, device: torch.device
+    buffer: "ReplayBuffer", rows: np.ndarray, env_ids: np.ndarray, n: int, gamma: float, device: torch.device
 ) -> dict[str, Tensor]:
-    """Transitions (B, ...) that start at these rows and envs (B,): n steps, or fewer up to an end or the newest step.
+    """Transitions (B, ...) that start at these places (B,): n steps, or fewer up to an end or the newest step.
 
     Of m steps, `rewards` is the discounted sum, `terminated` and `next_obs` are those of the last one, and `discounts`
     is gamma^m.
     """
-    k = np.arange(n)
+    k = np.arange(min(n, buffer.num_rows))
     window_rows = (rows[:, None] + k) % buffer.num_rows  # (B, n)
-    window = (window_rows, envs[:, None])
+    window = (window_rows, env_ids[:, None])
     head = int(buffer.t) % buffer.num_rows  # this row has the newest observations, but no steps yet
     steps_to_head = (head - rows) % buffer.num_rows
     usable = buffer.valid[window] & (k < steps_to_head[:, None])
@@ -218,11 +219,11 @@ def n_step_batch(
     last = (rows + m - 1) % buffer.num_rows
 
     batch = dict(
-        obs=buffer.obs[rows, envs],
-        actions=buffer.actions[rows, envs],
+        obs=buffer.obs[rows, env_ids],
+        actions=buffer.actions[rows, env_ids],
         rewards=(gamma**k * buffer.rewards[window] * belongs).sum(1).astype(np.float32),  # Rainbow eq. 2
-        terminated=buffer.terminated[last, envs],
-        next_obs=buffer.obs[(last + 1) % buffer.num_rows, envs],
+        terminated=buffer.terminated[last, env_ids],
+        next_obs=buffer.obs[(last + 1) % buffer.num_rows, env_ids],
         discounts=(gamma**m).astype(np.float32),
     )
     return {name: torch.from_numpy(column).to(device) for name, column in batch.items()}
@@ -272,7 +273,7 @@ def critic_loss(
         m = project(next_probs, batch["rewards"], batch["terminated"], target.support, batch["discounts"])
         losses = F.cross_entropy(outputs, m, reduction="none")  # C51 algorithm 1
         errors = F.kl_div(outputs.log_softmax(-1), m, reduction="none").sum(-1)  # its gradient is that of the losses
-        errors = errors.clamp(min=0)  # below which rounding can lead
+        errors = errors.clamp(min=0)  # rounding can make it negative
     else:
         y = td_target(batch["rewards"], batch["terminated"], target.mean(next_outputs), batch["discounts"])
         losses = F.mse_loss(q, y, reduction="none")
@@ -606,36 +607,36 @@ class ReplayBuffer(nn.Module):
         newest = int(self.t)
         oldest = max(0, newest - self.num_rows + 1)
         places = np.zeros((0, 2), np.int64)  # row and environment
-        while len(places) < batch_size:  # drawn are more than are needed, for what is not valid is left out
+        while len(places) < batch_size:  # draws more than are needed: what is not valid is left out
             rows = torch.randint(oldest, newest, (2 * batch_size,)).numpy() % self.num_rows
-            envs = torch.randint(self.num_envs, (2 * batch_size,)).numpy()
-            valid = self.valid[rows, envs]
-            places = np.concatenate([places, np.stack([rows[valid], envs[valid]], 1)])
-        rows, envs = places[:batch_size].T
-        return rows, envs
+            env_ids = torch.randint(self.num_envs, (2 * batch_size,)).numpy()
+            valid = self.valid[rows, env_ids]
+            places = np.concatenate([places, np.stack([rows[valid], env_ids[valid]], 1)])
+        rows, env_ids = places[:batch_size].T
+        return rows, env_ids
 
-    def gather(self, rows: np.ndarray, envs: np.ndarray, device: torch.device) -> dict[str, Tensor]:
+    def gather(self, rows: np.ndarray, env_ids: np.ndarray, device: torch.device) -> dict[str, Tensor]:
         """The transitions (B, ...) at these rows and environments (B,)."""
         batch = dict(
-            obs=self.obs[rows, envs],
-            actions=self.actions[rows, envs],
-            rewards=self.rewards[rows, envs],
-            terminated=self.terminated[rows, envs],
-            next_obs=self.obs[(rows + 1) % self.num_rows, envs],
+            obs=self.obs[rows, env_ids],
+            actions=self.actions[rows, env_ids],
+            rewards=self.rewards[rows, env_ids],
+            terminated=self.terminated[rows, env_ids],
+            next_obs=self.obs[(rows + 1) % self.num_rows, env_ids],
         )
         return {name: torch.from_numpy(column).to(device) for name, column in batch.items()}
 
     def sample(self, batch_size: int, device: torch.device) -> dict[str, Tensor]:
         """Transitions (batch_size, ...), drawn uniformly and with replacement."""
-        rows, envs = self.draw(batch_size)
-        return self.gather(rows, envs, device)
+        rows, env_ids = self.draw(batch_size)
+        return self.gather(rows, env_ids, device)
 
 
 class SumTree:
     """Numbers >= 0 in the leaves of a tree, to be drawn in proportion: each node is the sum of its children.
 
     A node has 16 children, where the paper's has 2: fewer levels need fewer calls of numpy. For the importance weights
-    each node also knows the smallest number below it, zeros apart.
+    each node also knows the smallest number below it that is not 0.
     """
 
     def __init__(self, num_leaves: int) -> None:
@@ -680,7 +681,8 @@ class Priorities(nn.Module):
         self.tree = SumTree(buffer.num_rows * buffer.num_envs)
         self.leaves = self.tree.sums[-1].reshape(-1)  # shares the memory of the tree, and so does the module's buffer
         self.register_buffer("_leaves", torch.from_numpy(self.leaves), args.save_buffer)
-        self.register_buffer("largest", torch.ones((), dtype=torch.float64), args.save_buffer)  # so far, and p_1 = 1
+        # The largest p^alpha so far, which starts with p_1 = 1 (algorithm 1, line 2).
+        self.register_buffer("largest", torch.ones((), dtype=torch.float64), args.save_buffer)
 
     def start(self, buffer: "ReplayBuffer") -> None:
         """To be called after buffer.start(): sums up the leaves, which a resumed run has loaded."""
@@ -709,9 +711,9 @@ class Priorities(nn.Module):
         """w_i = (M P(i))^-beta / max_j (M P(j))^-beta (B,) of these places (B,); M cancels (section 3.4)."""
         return (self.leaves[places] / self.tree.minima[0].min()) ** -beta
 
-    def update(self, places: np.ndarray, td_errors: Tensor) -> None:
-        """p_i = |delta_i| + eps for these places (B,) with these |delta_i| (B,) (algorithm 1, line 12)."""
-        p = td_errors.numpy(force=True).astype(np.float64) + self.eps
+    def update(self, places: np.ndarray, errors: Tensor) -> None:
+        """p_i = |delta_i| + eps (algorithm 1, line 12) for these places (B,), whose |delta_i| (B,) are the errors."""
+        p = errors.numpy(force=True).astype(np.float64) + self.eps
         priorities = p**self.alpha
         self.tree.update(places, priorities)
         self.largest.fill_(max(self.largest.item(), priorities.max()))
@@ -1057,7 +1059,7 @@ class Run:
                     state = state | dict(param_groups=part.state_dict()["param_groups"])
                 part.load_state_dict(state)
         except (RuntimeError, ValueError) as error:
-            raise Refusal(f"{self.dir} holds networks or a buffer of other sizes than the flags ask for") from error
+            raise Refusal(f"{self.dir} does not hold the networks, or the buffer, that the flags ask for") from error
         torch.manual_seed(env_seed(self.args.seed, self.step))  # not the random numbers of the start again
         Run.saved = f"--resume {self.dir} continues from step {self.step}"
 

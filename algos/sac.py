@@ -60,7 +60,7 @@ class Args:
     env_id: str = "Pendulum-v1"  # Gymnasium id, also ALE/*, MinAtar/* or module:YourEnv-v0; decides other defaults
     total_timesteps: int = 20_000  # environment steps to train for
     num_envs: int = 1  # N, environments side by side
-    buffer_size: int = 200_000  # transitions that the replay buffer holds
+    buffer_size: int = 200_000  # environment steps that the replay buffer holds
     learning_starts: int = 1000  # environment steps before the first gradient step
     batch_size: int = 128  # transitions per gradient step
     train_frequency: int = 1  # environment steps per gradient step
@@ -444,29 +444,29 @@ class ReplayBuffer(nn.Module):
         newest = int(self.t)
         oldest = max(0, newest - self.num_rows + 1)
         places = np.zeros((0, 2), np.int64)  # row and environment
-        while len(places) < batch_size:  # drawn are more than are needed, for what is not valid is left out
+        while len(places) < batch_size:  # draws more than are needed: what is not valid is left out
             rows = torch.randint(oldest, newest, (2 * batch_size,)).numpy() % self.num_rows
-            envs = torch.randint(self.num_envs, (2 * batch_size,)).numpy()
-            valid = self.valid[rows, envs]
-            places = np.concatenate([places, np.stack([rows[valid], envs[valid]], 1)])
-        rows, envs = places[:batch_size].T
-        return rows, envs
+            env_ids = torch.randint(self.num_envs, (2 * batch_size,)).numpy()
+            valid = self.valid[rows, env_ids]
+            places = np.concatenate([places, np.stack([rows[valid], env_ids[valid]], 1)])
+        rows, env_ids = places[:batch_size].T
+        return rows, env_ids
 
-    def gather(self, rows: np.ndarray, envs: np.ndarray, device: torch.device) -> dict[str, Tensor]:
+    def gather(self, rows: np.ndarray, env_ids: np.ndarray, device: torch.device) -> dict[str, Tensor]:
         """The transitions (B, ...) at these rows and environments (B,)."""
         batch = dict(
-            obs=self.obs[rows, envs],
-            actions=self.actions[rows, envs],
-            rewards=self.rewards[rows, envs],
-            terminated=self.terminated[rows, envs],
-            next_obs=self.obs[(rows + 1) % self.num_rows, envs],
+            obs=self.obs[rows, env_ids],
+            actions=self.actions[rows, env_ids],
+            rewards=self.rewards[rows, env_ids],
+            terminated=self.terminated[rows, env_ids],
+            next_obs=self.obs[(rows + 1) % self.num_rows, env_ids],
         )
         return {name: torch.from_numpy(column).to(device) for name, column in batch.items()}
 
     def sample(self, batch_size: int, device: torch.device) -> dict[str, Tensor]:
         """Transitions (batch_size, ...), drawn uniformly and with replacement."""
-        rows, envs = self.draw(batch_size)
-        return self.gather(rows, envs, device)
+        rows, env_ids = self.draw(batch_size)
+        return self.gather(rows, env_ids, device)
 
 
 def gradients_of(
@@ -810,7 +810,7 @@ class Run:
                     state = state | dict(param_groups=part.state_dict()["param_groups"])
                 part.load_state_dict(state)
         except (RuntimeError, ValueError) as error:
-            raise Refusal(f"{self.dir} holds networks or a buffer of other sizes than the flags ask for") from error
+            raise Refusal(f"{self.dir} does not hold the networks, or the buffer, that the flags ask for") from error
         torch.manual_seed(env_seed(self.args.seed, self.step))  # not the random numbers of the start again
         Run.saved = f"--resume {self.dir} continues from step {self.step}"
 

@@ -19,11 +19,11 @@ with --method mc (Monte-Carlo) the rewards go on to the end of the episode. No g
 
 A Monte-Carlo target is right on average, but varies with all that happens until the end. A TD target varies less, but
 it is as wrong as V(s_n) is. On the random walk, with V learned, value_loss is the variance: 0.83 with mc, 0.01 with td.
-What is cut, by a time limit or --horizon, goes on with V in both methods: else the return would lack the rest.
+Where a time limit or --horizon cuts an episode, V stands for the rest of the return, with both methods.
 
 Not in the book: learning waits for the end of an episode, even with TD; a gradient step takes batch_size states; Adam,
-and a step size that falls to 0. The score is minus the error: |V - v| in each state of the random walk, whose
-values v are known, and elsewhere |V(s_0) - G| in fresh episodes, where G is the whole return.
+and a step size that falls to 0. The score is minus the error: |V - v| in each state of the random walk, whose values v
+under the uniform policy are known, and else |V(s_0) - G| in fresh episodes, where G is the whole return.
 
 Read to the end of train(); what follows the ruler is plumbing that the scripts share.
 """
@@ -91,6 +91,8 @@ class Args:
 
     def __post_init__(self) -> None:
         check_ranges(self, minimum=dict(seed=0, torch_threads=0), maximum=dict(gamma=1))
+        if self.greedy and self.policy == "uniform":
+            raise Refusal("--greedy needs --policy RUN_DIR: the uniform policy has no exploration to leave out")
         if self.num_envs > self.total_timesteps:
             raise Refusal(f"num_envs = {self.num_envs} may not exceed total_timesteps")
         if self.batch_size > self.total_timesteps:
@@ -134,7 +136,7 @@ def n_step_rows(
     m is n or, near the end of the episode, what is left of it. At the end a termination stops the bootstrap.
     """
     T = len(rewards)
-    rewards = np.array(rewards)  # of which each row takes a slice
+    rewards = np.array(rewards)
     discounts = gamma ** np.arange(T + 1)
     rows = []
     for t in range(T):
@@ -728,7 +730,7 @@ class Run:
                     state = state | dict(param_groups=part.state_dict()["param_groups"])
                 part.load_state_dict(state)
         except (RuntimeError, ValueError) as error:
-            raise Refusal(f"{self.dir} holds networks or a buffer of other sizes than the flags ask for") from error
+            raise Refusal(f"{self.dir} does not hold the networks, or the buffer, that the flags ask for") from error
         torch.manual_seed(env_seed(self.args.seed, self.step))  # not the random numbers of the start again
         Run.saved = f"--resume {self.dir} continues from step {self.step}"
 

@@ -1,6 +1,7 @@
 """Draws the kept runs: learning curves, algorithms compared over environments, and what single suites show."""
 
 import textwrap
+from collections import defaultdict
 from pathlib import Path
 
 import matplotlib
@@ -43,24 +44,24 @@ def draw_seeds(axes: Axes, curves: list[np.ndarray], colour: str, line: str, lab
 
 def draw_curves(baselines: Path) -> None:
     """A picture of learning curves for each environment and number of steps."""
-    figures: dict[tuple[str, int], plt.Figure] = {}
+    pictures: dict[tuple[str, int], dict[str, list[dict]]] = defaultdict(dict)
     for (algo, env_id, steps), runs in read_baselines(baselines, *report.TABULATED).items():
-        if env_id in NO_FLOOR:  # no score of a policy that acts
-            continue
-        if (env_id, steps) not in figures:
-            figures[env_id, steps] = plt.figure(figsize=(7, 3.8), layout="constrained")
-        axes = figures[env_id, steps].gca()
+        if env_id not in NO_FLOOR:  # else no policy acts that could have a score
+            pictures[env_id, steps][algo] = runs
+    for (env_id, steps), by_algo in pictures.items():
+        figure = plt.figure(figsize=(7, 3.8), layout="constrained")
+        axes = figure.gca()
         axes.set(title=f"{env_id}, {steps:,} steps", xlabel="environment steps", ylabel="return of training episodes")
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-        curves = [np.array(run["curve"]).T for run in runs if run["curve"]]
-        if not curves:  # no episode ended
-            continue
-        colour, line = styles()[algo]
-        label = textwrap.fill(f"{algo}, {len(curves)} seed{'s' * (len(curves) > 1)}", 30, break_on_hyphens=False)
-        draw_seeds(axes, curves, colour, dict(solid="-", dash="--", dot=":")[line], label)
-    for picture, figure in figures.items():
+        for algo, runs in by_algo.items():
+            curves = [np.array(run["curve"]).T for run in runs if run["curve"]]
+            if not curves:  # no episode ended
+                continue
+            colour, line = styles()[algo]
+            label = textwrap.fill(f"{algo}, {len(curves)} seed{'s' * (len(curves) > 1)}", 30, break_on_hyphens=False)
+            draw_seeds(axes, curves, colour, dict(solid="-", dash="--", dot=":")[line], label)
         figure.legend(loc="outside right upper", frameon=False)
-        save(figure, baselines / curve_file(*picture))
+        save(figure, baselines / curve_file(env_id, steps))
 
 
 def draw_performance_profile(baselines: Path, references: dict[report.Row, dict[str, str]]) -> None:

@@ -36,6 +36,7 @@ SUITES = {
     ],
     "unsteady": [
         ("ppo_clip", "FrozenLake-v1", 100_000, "1-10", ""),
+        ("deep_sarsa", "CliffWalking-v1", 100_000, "1-10", ""),
         ("rainbow", "CartPole-v1", 50_000, "1-10", ""),
         ("dqn noisy_dqn qr_dqn", "MountainCar-v0", 120_000, "1-10", ""),
     ],

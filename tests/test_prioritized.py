@@ -236,11 +236,11 @@ def test_priorities_against_brute_force(module, num_envs, num_rows):
         check_priorities(buffer, priorities, {o: p for step in steps[-num_rows:] for o, p in step.items()})
         places = priorities.draw(5)
         drawn = buffer.obs[places // num_envs, places % num_envs]
-        td_errors = np.float32(2 * abs(np.sin(drawn + t)) * (drawn % 3 > 0))
-        priorities.update(places, torch.from_numpy(td_errors))
-        for o, td_error in zip(drawn.tolist(), td_errors.tolist()):
+        errors = np.float32(2 * abs(np.sin(drawn + t)) * (drawn % 3 > 0))
+        priorities.update(places, torch.from_numpy(errors))
+        for o, error in zip(drawn.tolist(), errors.tolist()):
             step = next(step for step in steps if o in step)
-            step[o] = (td_error + 0.3) ** 0.7
+            step[o] = (error + 0.3) ** 0.7
             largest = max(largest, step[o])
         check_priorities(buffer, priorities, {o: p for step in steps[-num_rows:] for o, p in step.items()})
 
@@ -323,18 +323,18 @@ def test_each_batch_updates_its_own_priorities(module, monkeypatch, tmp_path):
     def remember(output, agent, target, batch, *_):
         losses.append((batch, output[1]["td_error"]))
 
-    def check(priorities, places, td_errors):
+    def check(priorities, places, errors):
         batch, expected = losses[-1]
         rows, columns = places // 3, places % 3
-        assert torch.equal(td_errors, expected)
-        assert (td_errors >= 0).all()
+        assert torch.equal(errors, expected)
+        assert (errors >= 0).all()
         assert (batch["obs"].numpy() == buffers[0].obs[rows, columns]).all()
         assert (batch["next_obs"].numpy() == buffers[0].obs[(rows + 1) % buffers[0].num_rows, columns]).all()
         weights = (priorities.leaves[places] / priorities.leaves[priorities.leaves > 0].min()) ** -betas[-1]
         assert batch["weights"].numpy() == pytest.approx(weights, rel=1e-5)
 
-    def check_after(_, priorities, places, td_errors):
-        expected = (td_errors.numpy().astype(float) + 0.01) ** 0.6
+    def check_after(_, priorities, places, errors):
+        expected = (errors.numpy().astype(float) + 0.01) ** 0.6
         assert priorities.leaves[places] == pytest.approx(expected)
         updated.append(places)
 
