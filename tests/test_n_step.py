@@ -42,7 +42,7 @@ def slow_rows(steps, first, n, gamma) -> dict:
 
 
 @each_n_step
-@pytest.mark.parametrize("n", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 10**12])
 @pytest.mark.parametrize(("num_envs", "num_rows"), [(1, 3), (3, 11), (2, 24)])
 def test_rows_against_a_double_loop(module, n, num_envs, num_rows):
     """Every transition starts exactly one row, which has n steps, or goes to an end of either kind or the newest step.
@@ -110,7 +110,7 @@ def test_one_step_is_the_transition(module):
 
 WITHIN = "belongs = np.logical_and.accumulate(usable, axis=1)"
 HEAD = "(k < steps_to_head[:, None])"
-BOOTSTRAP = "buffer.obs[(last + 1) % buffer.num_rows, envs]"
+BOOTSTRAP = "buffer.obs[(last + 1) % buffer.num_rows, env_ids]"
 DISCOUNT = "discounts=(gamma**m)"
 
 
@@ -122,12 +122,12 @@ DISCOUNT = "discounts=(gamma**m)"
     ("n_step_dqn", HEAD, "(k < np.maximum(steps_to_head[:, None] - 1, 1))"),
     ("n_step_dqn", "steps_to_head = (head - rows) % buffer.num_rows", "steps_to_head = abs(head - rows)"),
     ("n_step_dqn", "(rows[:, None] + k) % buffer.num_rows", "np.minimum(rows[:, None] + k, buffer.num_rows - 1)"),
-    ("n_step_dqn", "(window_rows, envs[:, None])", "(window_rows, 0)"),
-    ("n_step_dqn", BOOTSTRAP, "buffer.obs[last, envs]"),
-    ("n_step_dqn", BOOTSTRAP, "buffer.obs[(rows + n) % buffer.num_rows, envs]"),
-    ("n_step_dqn", BOOTSTRAP, "buffer.obs[(rows + 1) % buffer.num_rows, envs]"),
-    ("n_step_dqn", "terminated=buffer.terminated[last, envs]", "terminated=buffer.terminated[rows, envs]"),
-    ("n_step_dqn", "terminated=buffer.terminated[last, envs]", "terminated=m < n"),
+    ("n_step_dqn", "(window_rows, env_ids[:, None])", "(window_rows, 0)"),
+    ("n_step_dqn", BOOTSTRAP, "buffer.obs[last, env_ids]"),
+    ("n_step_dqn", BOOTSTRAP, "buffer.obs[(rows + n) % buffer.num_rows, env_ids]"),
+    ("n_step_dqn", BOOTSTRAP, "buffer.obs[(rows + 1) % buffer.num_rows, env_ids]"),
+    ("n_step_dqn", "terminated=buffer.terminated[last, env_ids]", "terminated=buffer.terminated[rows, env_ids]"),
+    ("n_step_dqn", "terminated=buffer.terminated[last, env_ids]", "terminated=m < n"),
     ("n_step_dqn", DISCOUNT, "discounts=(gamma ** (0 * m + n))"),
     ("n_step_dqn", DISCOUNT, "discounts=(gamma ** (0 * m + 1))"),
     ("n_step_dqn", "gamma**k *", "gamma **(k + 1) *"),

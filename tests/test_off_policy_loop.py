@@ -89,7 +89,7 @@ def test_learned_rows_are_exactly_the_transitions(module, monkeypatch, tmp_path,
 
 VALID = "valid = ~done  #"
 ADD = "buffer.add(action, reward, terminated, valid, obs)"
-NEXT = "self.obs[(rows + 1) % self.num_rows, envs]"
+NEXT = "self.obs[(rows + 1) % self.num_rows, env_ids]"
 NOISE = 'batch["noise"] = torch.randn(args.batch_size, D, device=device)'
 
 
@@ -98,7 +98,7 @@ NOISE = 'batch["noise"] = torch.randn(args.batch_size, D, device=device)'
     ("dqn", ADD, "buffer.add(action, reward, done, valid, obs)"),
     ("dqn", ADD, "buffer.add(action, reward, terminated & ~truncated, valid, obs)"),
     ("dqn", ADD, "buffer.add(action * 0, reward, terminated, valid, obs)"),
-    ("dqn", NEXT, "self.obs[rows, envs]"),
+    ("dqn", NEXT, "self.obs[rows, env_ids]"),
     ("ddpg", VALID, "valid = ~done | True  #"),
     ("ddpg", ADD, "buffer.add(action, reward, done, valid, obs)"),
     ("ddpg", ADD, "buffer.add(to_env(action), reward, terminated, valid, obs)"),

@@ -65,20 +65,20 @@ def test_ring(module, num_envs, num_rows, ends):
         done = terminated | truncated
 
 
-NEXT = "self.obs[(rows + 1) % self.num_rows, envs]"
+NEXT = "self.obs[(rows + 1) % self.num_rows, env_ids]"
 ENVS = "torch.randint(self.num_envs, (2 * batch_size,))"
-KEEP = "np.stack([rows[valid], envs[valid]], 1)"
+KEEP = "np.stack([rows[valid], env_ids[valid]], 1)"
 
 
 @bugs(
     ("dqn", "self.num_rows = num_rows + 1", "self.num_rows = num_rows"),  # the seam
-    ("dqn", NEXT, "self.obs[rows, envs]"),
-    ("dqn", NEXT, "self.obs[(rows + 2) % self.num_rows, envs]"),
-    ("dqn", NEXT, "self.obs[np.minimum(rows + 1, self.num_rows - 1), envs]"),
+    ("dqn", NEXT, "self.obs[rows, env_ids]"),
+    ("dqn", NEXT, "self.obs[(rows + 2) % self.num_rows, env_ids]"),
+    ("dqn", NEXT, "self.obs[np.minimum(rows + 1, self.num_rows - 1), env_ids]"),
     ("dqn", NEXT, "self.obs[(rows + 1) % self.num_rows, 0]"),
-    ("dqn", KEEP, "np.stack([rows, envs], 1)"),
+    ("dqn", KEEP, "np.stack([rows, env_ids], 1)"),
     ("dqn", "self.valid[row] = valid", "self.valid[row] = True"),
-    ("dqn", "valid = self.valid[rows, envs]", "valid = self.valid[rows, 0]"),
+    ("dqn", "valid = self.valid[rows, env_ids]", "valid = self.valid[rows, 0]"),
     ("dqn", "self.valid[row - 1] = False", "pass"),
     ("dqn", "self.rewards[row] = reward", "self.rewards[(row + 1) % self.num_rows] = reward"),
     ("dqn", "torch.randint(oldest, newest,", "torch.randint(oldest + (newest > self.num_rows), newest,"),
@@ -117,11 +117,11 @@ def test_draws_are_uniform_and_independent(module, num_envs, steps):
     assert abs(chi_square - freedom) < 4 * (2 * freedom) ** 0.5
 
 
-VALID = "valid = self.valid[rows, envs]"
+VALID = "valid = self.valid[rows, env_ids]"
 
 
 @bugs(
-    ("dqn", VALID, f"rows = np.where(self.valid[rows, envs], rows, (rows + 1) % self.num_rows); {VALID}"),
+    ("dqn", VALID, f"rows = np.where(self.valid[rows, env_ids], rows, (rows + 1) % self.num_rows); {VALID}"),
     ("dqn", "torch.randint(oldest, newest, (2 * batch_size,))", "(oldest + torch.randperm(newest - oldest))"),
 )
 def test_uniformity_sees(request, name, old, new):
