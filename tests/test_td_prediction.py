@@ -518,11 +518,11 @@ def test_policies_that_are_refused(module, tmp_path):
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | dict(gamma="high")))
     refused("config.json is damaged")
-    with pytest.raises(module.Refusal, match="^--greedy needs --policy RUN_DIR"):
-        module.Args(greedy=True)
     (folder / "config.json").write_text(json.dumps(config | dict(algo="ppo_rlhf")))
     refused("a run of ppo_rlhf, which learns no policy")
     (folder / "config.json").write_text(json.dumps(config | dict(algo="gone")))
     refused("a run of gone, but there is no script")
     (folder / "config.json").write_text("[]")
     refused("holds no run")
+    with pytest.raises(module.Refusal, match=r"^--greedy needs --policy RUN_DIR"):
+        module.Args(greedy=True)
