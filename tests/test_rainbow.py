@@ -1,6 +1,7 @@
 """Rainbow equals the script of each of its parts where the others are off, and runs with any of them."""
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 from conftest import spy
 from off_policy import FRAMES, GRID, VECTOR, bugs, learn, make_batch
 from runs import each, fails_with_a_bug, script
+from test_distributional import slow_projection
 
 from algos import rainbow
 
@@ -118,6 +120,214 @@ def test_parts_see(request, tmp_path, name, old, new):
             test_with_some_parts_it_learns_as_their_script(module, parts, VECTOR)
 
     fails_with_a_bug(request, test, name, old, new)
+
+
+def slow_stream(stream, x, noise) -> np.ndarray:
+    """What a stream makes of one row x, in double precision; `noise` has a pair for each of its layers, or is None."""
+    plain = [layer for layer in stream.modules() if isinstance(layer, torch.nn.Linear)]
+    for i, layer in enumerate(plain):
+        weight, bias = (parameter.detach().double().numpy() for parameter in (layer.weight, layer.bias))
+        if noise is not None:
+            f_in, f_out = (np.sign(e) * abs(e) ** 0.5 for e in (e.double().numpy() for e in noise[i]))
+            noisy = stream.layers[i]
+            weight = weight + noisy.sigma_weight.detach().double().numpy() * f_out[:, None] * f_in[None, :]
+            bias = bias + noisy.sigma_bias.detach().double().numpy() * f_out
+        x = weight @ (x if i == 0 else x.clip(0)) + bias
+    return x
+
+
+def slow_outputs(agent, args, obs, noise) -> list[list[float]]:
+    """For each of three actions its logits or, without a distribution, the one number Q, of one observation."""
+    x = obs.double().numpy()
+    if args.dueling or args.noisy:
+        dense = next(layer for layer in agent.encoder.modules() if isinstance(layer, torch.nn.Linear))
+        x = (dense.weight.detach().double().numpy() @ x + dense.bias.detach().double().numpy()).clip(0)
+    parts = [slow_stream(stream, x, noise and noise[i]) for i, stream in enumerate(agent.streams)]
+    width = args.num_atoms if args.distributional else 1
+    advantages = [[parts[0][a * width + i] for i in range(width)] for a in range(3)]
+    if not args.dueling:
+        return advantages
+    return [
+        [parts[1][i] + advantages[a][i] - sum(advantages[b][i] for b in range(3)) / 3 for i in range(width)]
+        for a in range(3)
+    ]
+
+
+def slow_probs(logits) -> list[float]:
+    """softmax."""
+    top = max(logits)
+    masses = [math.exp(x - top) for x in logits]
+    return [mass / sum(masses) for mass in masses]
+
+
+def slow_mean(outputs, args) -> float:
+    """Q of the outputs of one action."""
+    if not args.distributional:
+        return outputs[0]
+    step = (args.v_max - args.v_min) / (args.num_atoms - 1)
+    return sum(p * (args.v_min + i * step) for i, p in enumerate(slow_probs(outputs)))
+
+
+def slow_losses(agent, target, batch, noise, args) -> tuple[list[float], list[float]]:
+    """For each row its loss and its error, from the equations and with nothing of the script but its parameters."""
+    losses = []
+    errors = []
+    for row in range(len(batch["rewards"])):
+        reward, end, discount = (batch[name][row].item() for name in ("rewards", "terminated", "discounts"))
+        next_outputs = slow_outputs(target, args, batch["next_obs"][row], noise[2])
+        chooser = slow_outputs(agent, args, batch["next_obs"][row], noise[1]) if args.double else next_outputs
+        best = next_outputs[max(range(3), key=lambda a: slow_mean(chooser[a], args))]
+        own = slow_outputs(agent, args, batch["obs"][row], noise[0])[batch["actions"][row]]
+        if args.distributional:
+            m = slow_projection(slow_probs(best), reward, end, args.v_min, args.v_max, discount)
+            probs = slow_probs(own)
+            losses.append(-sum(m_i * math.log(p) for m_i, p in zip(m, probs)))
+            errors.append(sum(m_i * math.log(m_i / p) for m_i, p in zip(m, probs) if m_i > 0))
+        else:
+            delta = reward + (0 if end else discount * best[0]) - own[0]
+            losses.append(delta**2)
+            errors.append(abs(delta))
+    return losses, errors
+
+
+@each_rainbow
+@pytest.mark.parametrize(
+    "parts", list(itertools.product([False, True], repeat=4)), ids=lambda x: "".join("01"[i] for i in x)
+)
+def test_loss_of_every_combination(module, parts):
+    """Against the slow equations, also where no script has these parts together: a part left out beside another."""
+    given = dict(zip(("double", "dueling", "noisy", "distributional"), parts))
+    args = module.Args(hidden_size=16, v_min=-5.0, v_max=5.0, num_atoms=11, **given)
+    agent, target = (module.Agent(VECTOR, 3, args) for _ in range(2))
+    with torch.no_grad():
+        for parameter in (*agent.parameters(), *target.parameters()):
+            parameter *= 2  # outputs differ much between rows
+    batch = make_batch(module)
+    noise = [network.draw_noise() for network in (agent, agent, target)]
+    loss, metrics = module.critic_loss(agent, target, batch, noise, args)
+    losses, errors = slow_losses(agent, target, batch, noise, args)
+    assert loss.item() == pytest.approx(np.mean(batch["weights"].numpy() * losses), rel=1e-4)
+    assert metrics["td_error"].tolist() == pytest.approx(errors, rel=1e-3, abs=1e-4)
+
+
+@bugs(
+    ("rainbow", "advantages.mean(1, keepdim=True)", "advantages.mean((1, 2), keepdim=True)"),
+    ("rainbow", "- advantages.mean(1, keepdim=True)", "- (self.num_atoms == 1) * advantages.mean(1, keepdim=True)"),
+    ("rainbow", "    if args.double:\n", "    if args.double and not args.distributional:\n"),
+    (
+        "rainbow",
+        'loss = (batch["weights"] * losses).mean()',
+        'loss = losses.mean() if args.distributional else (batch["weights"] * losses).mean()',
+    ),
+    ("rainbow", "stream(x, stream_noise) for", "stream(x, noise[0] if stream is self.streams[0] else None) for"),
+    ("rainbow", 'target.support, batch["discounts"])', "target.support, args.gamma**args.n_steps)"),
+)
+def test_combinations_see(request, name, old, new):
+    fails_with_a_bug(request, test_loss_of_every_combination, name, old, new, parts=(True, True, True, True))
+
+
+@each_rainbow
+def test_noise_of_every_layer_is_its_own(module):
+    """A draw that two layers, two streams or two sides of a layer share; sigma_0 lost on the way to a layer."""
+    args = module.Args(hidden_size=16, sigma_0=0.3)
+    agent = module.Agent(VECTOR, 3, args)
+    noise = [e for stream in agent.draw_noise() for layer in stream for e in layer]
+    numbers = torch.cat(noise).tolist()
+    assert len(noise) == 2 * 2 * len(agent.streams)
+    assert len(set(numbers)) == len(numbers)
+    layers = [layer for layer in agent.modules() if isinstance(layer, module.NoisyLinear)]
+    assert len(layers) == 4
+    for layer in layers:
+        sigma = 0.3 / layer.mu.in_features**0.5
+        assert layer.sigma_weight.flatten().tolist() == pytest.approx([sigma] * layer.sigma_weight.numel())
+        assert layer.sigma_bias.tolist() == pytest.approx([sigma] * len(layer.sigma_bias))
+
+
+SHARED = "noise = [stream.draw_noise() for stream in self.streams]; noise[1][0] = noise[0][0]"
+
+
+@bugs(
+    (
+        "rainbow",
+        "return [stream.draw_noise() for stream in self.streams] if self.noisy else None",
+        f"{SHARED}; return noise",
+    ),
+    ("rainbow", "NoisyMLP(sizes, nn.ReLU, args.sigma_0)", "NoisyMLP(sizes, nn.ReLU, 0.5)"),
+)
+def test_noise_of_layers_sees(request, name, old, new):
+    fails_with_a_bug(request, test_noise_of_every_layer_is_its_own, name, old, new)
+
+
+@each_rainbow
+def test_parts_that_are_off_are_off_in_the_loop(module, monkeypatch, tmp_path):
+    """What the flags of exploration, replay and returns do in train(), each part alone and each part left out.
+
+    With noise epsilon is 0 and each step acts by a draw of its own, from the first step on; without it nothing is
+    drawn. Without priorities none is used, and the weights are 1. The number of steps does not depend on the others.
+    """
+    acted = []
+    spy(monkeypatch, module.Agent, "forward", before=lambda agent, obs, noise=None: acted.append((len(obs), noise)))
+    epsilons = []
+    spy(monkeypatch, module.Agent, "act", before=lambda agent, *_, **__: epsilons.append(agent.epsilon))
+    calls = []
+    for name in ("draw", "update"):
+        spy(monkeypatch, module.Priorities, name, before=lambda *_: calls.append("priorities"))
+    spy(monkeypatch, module.ReplayBuffer, "draw", before=lambda *_: calls.append("uniform"))
+    steps = []
+    spy(monkeypatch, module, "n_step_batch", before=lambda buffer, rows, envs, n, *_: steps.append(n))
+    weights = []
+    spy(monkeypatch, module, "critic_loss", before=lambda a, t, batch, *_: weights.append(batch["weights"]))
+    parts = ("noisy", "prioritized", "n_steps")
+    for on in [(), *itertools.combinations(parts, 1), *itertools.combinations(parts, 2), parts]:
+        for seen in (acted, epsilons, calls, steps, weights):
+            seen.clear()
+        given = dict(noisy="noisy" in on, prioritized="prioritized" in on, n_steps=4 if "n_steps" in on else 1)
+        learn(module, tmp_path / "-".join(on), total_timesteps=150, eval_episodes=2, **given)
+        training = 150 // 3  # calls of act() before those of the evaluation
+        draws = [noise for rows, noise in acted if rows == 3][:training]
+        if "noisy" in on:
+            assert set(epsilons[:training]) == {0.0}
+            assert None not in draws
+            assert len({float(noise[0][0][0][0]) for noise in draws}) == training
+        else:
+            assert epsilons[0] == 1.0
+            assert epsilons[training - 1] == pytest.approx(0.05)
+            assert draws == [None] * training
+        assert set(calls) == ({"priorities"} if "prioritized" in on else {"uniform"})
+        assert any((w != 1).any() for w in weights) == ("prioritized" in on)
+        assert set(steps) == {given["n_steps"]}
+
+
+ACT = "noise = None if greedy else self.draw_noise()"
+ARGUMENTS = "args.n_steps, args.gamma, device)"
+
+
+@bugs(
+    ("rainbow", "self.epsilon = 0.0 if args.noisy else args.start_e", "self.epsilon = args.start_e"),
+    ("rainbow", "        if not args.noisy:\n            agent.eps", "        if True:\n            agent.eps"),
+    (
+        "rainbow",
+        "        if not args.noisy:\n            agent.eps",
+        "        if not args.double:\n            agent.eps",
+    ),
+    ("rainbow", ACT, f"{ACT} if not hasattr(self, 'kept') else self.kept; self.kept = noise"),
+    ("rainbow", "action = agent.act(obs)", "action = agent.act(obs, greedy=step <= args.learning_starts)"),
+    (
+        "rainbow",
+        "                if args.prioritized:\n                    places",
+        "                if True:\n                    places",
+    ),
+    (
+        "rainbow",
+        "                if args.prioritized:\n                    places",
+        "                if args.noisy:\n                    places",
+    ),
+    ("rainbow", "np.ones(args.batch_size)", "np.full(args.batch_size, 0.5)"),
+    ("rainbow", ARGUMENTS, "args.n_steps if args.prioritized else 1, args.gamma, device)"),
+    ("rainbow", ARGUMENTS, "args.n_steps if args.noisy else 1, args.gamma, device)"),
+)
+def test_parts_in_the_loop_see(request, monkeypatch, tmp_path, name, old, new):
+    fails_with_a_bug(request, test_parts_that_are_off_are_off_in_the_loop, name, old, new)
 
 
 @each_rainbow
