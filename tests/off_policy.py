@@ -151,6 +151,19 @@ def transitions() -> dict:
     return {key(row["obs"]): row for env in envs.Tagged.instances for row in env.log}
 
 
+def check_acting(acting) -> None:
+    """Each step of the environments Tagged took the action that act() gave for the observation before that step.
+
+    `acting` holds inputs and output of act() for each step of the vector.
+    """
+    for row in transitions().values():
+        if row["t"] < len(acting):
+            obs, actions = acting[row["t"]]
+            index = int(row["obs"][0])
+            assert key(obs[index]) == key(row["obs"])
+            assert actions[index] == row["action"]
+
+
 def scaled(actions, space) -> np.ndarray:
     """The actions of an environment that belong to those of a policy in [-1, 1]."""
     shares = (np.asarray(actions, np.float64).reshape(-1, *space.shape) + 1) / 2

@@ -12,7 +12,7 @@ from conftest import spy
 from off_policy import answer_always, bugs, gradient, learn, make_agents, make_batch
 from runs import each, fails_with_a_bug
 
-from algos import c51, qr_dqn
+from algos import c51, qr_dqn, rainbow
 
 SUPPORTS = [(51, -10, 10), (51, -10, 200), (51, -5, 100), (31, 0, 70), (2, -1, 3)]  # atoms, v_min, v_max
 each_support = pytest.mark.parametrize(("num_atoms", "v_min", "v_max"), SUPPORTS)
@@ -494,7 +494,7 @@ def test_supports_that_are_refused(module):
         module.Args(num_atoms=1)
 
 
-@each_c51
+@each([c51, rainbow])
 def test_families_hold_the_returns(module):
     """Supports that cut off what can be earned: 100 at one per step, 10 or so with rewards clipped to [-1, 1]."""
     supports = {}
@@ -506,3 +506,8 @@ def test_families_hold_the_returns(module):
     assert supports["MountainCar"] == (-50, 0)  # -1 for ever at gamma = 0.98
     assert supports["ALE/"] == (-10, 10)
     assert supports["LunarLander"] == (-300, 300)
+
+
+@bugs(("rainbow", "anneal_lr=False, v_min=0.0,", "anneal_lr=False, v_min=0.0, v_max=10.0,"))
+def test_families_see(request, name, old, new):
+    fails_with_a_bug(request, test_families_hold_the_returns, name, old, new)

@@ -199,6 +199,22 @@ def test_initial_values_see(request, name, old, new):
 
 
 @each_noisy
+def test_sigma_0_reaches_every_layer(module):
+    """A network with the noise of another sigma_0 than that of the flag."""
+    agent = module.Agent(VECTOR, 3, module.Args(hidden_size=16, sigma_0=0.2))
+    for layer in noisy_layers(module, agent):
+        assert layer.sigma_weight.detach().numpy() == pytest.approx(0.2 / 4)
+
+
+@bugs(
+    ("noisy_dqn", "nn.ReLU, args.sigma_0)", "nn.ReLU, args.sigma_0 / 2)"),
+    ("rainbow", "args.sigma_0) if args.noisy", "args.sigma_0 / 2) if args.noisy"),
+)
+def test_sigma_0_sees(request, name, old, new):
+    fails_with_a_bug(request, test_sigma_0_reaches_every_layer, name, old, new)
+
+
+@each_noisy
 def test_useless_noise_is_unlearned(module):
     """Where the output should be a constant, the squared error is least without noise: sigma falls to 0."""
     layer = module.NoisyLinear(3, 2, 0.5)

@@ -9,6 +9,7 @@ from conftest import spy
 from gymnasium.spaces import Box, Discrete
 from off_policy import (
     bugs,
+    check_acting,
     critic_parameters,
     each_continuous,
     each_off_policy,
@@ -72,6 +73,7 @@ def test_learned_rows_are_exactly_the_transitions(module, monkeypatch, tmp_path,
     np.testing.assert_allclose(columns["rewards"], rewards, rtol=1e-5)
     assert (columns["next_obs"] == expected["next_obs"]).all()
     assert (columns["terminated"] == expected["terminated"]).all()
+    assert len({batch["obs"].tobytes() for batch in batches}) == len(batches), "a batch that is learned from twice"
     early = {obs for obs, row in true.items() if obs[0] < 3 and row["t"] < 60}
     assert early <= seen
     kinds = {(true[obs]["terminated"], true[obs]["truncated"]) for obs in seen}
@@ -90,6 +92,7 @@ def test_learned_rows_are_exactly_the_transitions(module, monkeypatch, tmp_path,
 VALID = "valid = ~done  #"
 ADD = "buffer.add(action, reward, terminated, valid, obs)"
 NEXT = "self.obs[(rows + 1) % self.num_rows, env_ids]"
+SAMPLE = "batch = buffer.sample(args.batch_size, device)"
 NOISE = 'batch["noise"] = torch.randn(args.batch_size, D, device=device)'
 
 
@@ -99,6 +102,7 @@ NOISE = 'batch["noise"] = torch.randn(args.batch_size, D, device=device)'
     ("dqn", ADD, "buffer.add(action, reward, terminated & ~truncated, valid, obs)"),
     ("dqn", ADD, "buffer.add(action * 0, reward, terminated, valid, obs)"),
     ("dqn", NEXT, "self.obs[rows, env_ids]"),
+    ("dqn", SAMPLE, f"if t % 4 or not history:\n                    {SAMPLE}"),
     ("ddpg", VALID, "valid = ~done | True  #"),
     ("ddpg", ADD, "buffer.add(action, reward, done, valid, obs)"),
     ("ddpg", ADD, "buffer.add(to_env(action), reward, terminated, valid, obs)"),
@@ -125,6 +129,40 @@ def test_rows_of_two_axes_see(name, old, new, monkeypatch, tmp_path):
     module = planted(script(name), old, new, tmp_path / "planted")
     with pytest.raises(ValueError, match=r"zip|broadcast"):
         test_learned_rows_are_exactly_the_transitions(module, monkeypatch, tmp_path, "TaggedOther")
+
+
+@each_q_learning
+def test_the_network_that_learns_acts_on_what_it_sees(module, monkeypatch, tmp_path):
+    """Actions of the target network, or for the observations of the step before or of another environment."""
+    acting = []
+    agents = set()
+    learning = set()
+
+    def remember(actions, agent, obs, *_):
+        if len(acting) < 100:  # the rest is the evaluation
+            acting.append((obs.copy(), actions))
+            agents.add(agent)
+
+    spy(monkeypatch, module.Agent, "act", after=remember)
+    spy(monkeypatch, module, "critic_loss", lambda agent, *_: learning.add(agent))
+    monkeypatch.setattr(module, "evaluate", lambda *_: dict(eval_returns=[0.0], eval_cut=0))
+    learn(module, tmp_path)
+    assert agents == learning
+    check_acting(acting)
+
+
+ACT = "action = agent.act(obs)"
+
+
+@bugs(
+    ("dqn", ACT, "target.epsilon = agent.epsilon; action = target.act(obs)"),
+    ("noisy_dqn", ACT, "action = target.act(obs)"),
+    ("dqn", ACT, "action = agent.act(np.roll(obs, 1, 0))"),
+    ("dqn", ACT, "action = agent.act(buffer.obs[int(buffer.t) % buffer.num_rows - 1])"),
+    ("rainbow", ACT, "action = agent.act(obs)[::-1]"),
+)
+def test_acting_sees(request, name, old, new):
+    fails_with_a_bug(request, test_the_network_that_learns_acts_on_what_it_sees, name, old, new)
 
 
 @each_continuous

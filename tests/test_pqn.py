@@ -9,7 +9,7 @@ import test_q_learning
 import torch
 from conftest import make_args, spy
 from gymnasium.spaces import Discrete
-from off_policy import FRAMES, GRID, VECTOR, bugs, gradient, key, make_agents
+from off_policy import FRAMES, GRID, VECTOR, bugs, check_acting, gradient, key, make_agents
 from runs import each, fails_with_a_bug, planted
 
 from algos import pqn
@@ -340,6 +340,53 @@ def test_clipped_rows_see(request, name, old, new):
 
 
 @ours
+def test_the_policy_acts_on_what_it_sees(module, monkeypatch, tmp_path):
+    """Actions for the observations of another step or environment."""
+    acting = []
+
+    def remember(actions, _, obs, *__):
+        acting.append((obs.copy(), actions))
+
+    spy(monkeypatch, module.Agent, "act", after=remember)
+    monkeypatch.setattr(module, "evaluate", lambda *_: dict(eval_returns=[0.0], eval_cut=0))
+    watch(module, monkeypatch, tmp_path)
+    assert len(acting) == T * ITERATIONS
+    check_acting(acting)
+
+
+@bugs(
+    ("pqn", "agent.act(obs)", "agent.act(np.roll(obs, 1, 0))"),
+    ("pqn", "agent.act(obs)", "agent.act(rollout[-1]['obs'] if rollout else obs)"),
+)
+def test_acting_sees(request, name, old, new):
+    fails_with_a_bug(request, test_the_policy_acts_on_what_it_sees, name, old, new)
+
+
+@ours
+def test_log_keeps_true_returns(module, monkeypatch, tmp_path):
+    """Returns of clipped rewards, of several episodes, or of those alone that terminate."""
+    seen = watch(module, monkeypatch, tmp_path, clip_reward=True)
+    finished = []
+    for env in envs.Tagged.instances[:N]:
+        episodes = [key(row["obs"])[2] for row in env.log if row["terminated"] or row["truncated"]]
+        finished += [env.returns[episode] for episode in episodes]
+    assert len(finished) < 100
+    assert seen.result["train_return"] == pytest.approx(np.mean(finished))
+
+
+SCORE = "score = score * valid + reward"
+
+
+@bugs(
+    ("pqn", SCORE, "score = score + reward"),
+    ("pqn", SCORE, f"{SCORE}.clip(-1, 1)"),
+    ("pqn", "score[done].tolist()", "score[terminated].tolist()"),
+)
+def test_log_sees(request, name, old, new):
+    fails_with_a_bug(request, test_log_keeps_true_returns, name, old, new)
+
+
+@ours
 @pytest.mark.parametrize("anneal_lr", [False, True])
 def test_schedules(module, monkeypatch, tmp_path, anneal_lr):
     """Epsilon and step size fall from iteration to iteration, and the step size only if it is asked for."""
@@ -373,12 +420,24 @@ def test_gradient_steps(module, monkeypatch, tmp_path):
         mean = (0.9 * old + new) / 1.9
         torch.testing.assert_close(move, -0.01 * mean, atol=1e-7, rtol=1e-4)
 
+    parameters = [torch.zeros_like(g, requires_grad=True) for g in first.gradients]
+    optimizer = torch.optim.RAdam(parameters, lr=0.01, eps=1e-5)
+    for step in steps:
+        before = [parameter.detach().clone() for parameter in parameters]
+        for parameter, g in zip(parameters, step.gradients):
+            parameter.grad = g
+        optimizer.step()
+        for parameter, old, move in zip(parameters, before, step.moves):
+            torch.testing.assert_close(move, parameter.detach() - old, atol=2e-7, rtol=1e-4)
+
 
 @bugs(
     ("pqn", "torch.optim.RAdam", "torch.optim.Adam"),
     ("pqn", "torch.optim.RAdam(agent.parameters(), lr=args.learning_rate, eps=1e-5,",
      "torch.optim.SGD(agent.parameters(), lr=args.learning_rate,"),
     ("pqn", ", max_norm=args.max_grad_norm", ""),
+    ("pqn", "eps=1e-5, foreach", "foreach"),
+    ("pqn", "eps=1e-5, foreach", "eps=1e-5, betas=(0.9, 0.9), foreach"),
 )  # fmt: skip
 def test_gradient_steps_see(request, name, old, new):
     fails_with_a_bug(request, test_gradient_steps, name, old, new)

@@ -53,6 +53,20 @@ def test_tree_against_a_list(module, num_leaves):
 
 
 @each_prioritized
+def test_sums_are_in_double_precision(module):
+    """Sums in which a small priority is lost beside large ones."""
+    numbers = 1.0 + 10**9 * (np.arange(300) % 2)
+    tree = module.SumTree(300)
+    tree.update(np.arange(300), numbers)
+    assert tree.sums[0].sum() == numbers.sum()
+
+
+@bugs(("prioritized_dqn", "np.zeros((num_nodes, 16))", "np.zeros((num_nodes, 16), np.float32)"))
+def test_precision_sees(request, name, old, new):
+    fails_with_a_bug(request, test_sums_are_in_double_precision, name, old, new)
+
+
+@each_prioritized
 def test_a_tree_depends_on_its_leaves_alone(module):
     """Sums that keep the rounding of earlier updates: a run that is resumed, with a new tree, would draw otherwise."""
     random = np.random.default_rng(0)
@@ -396,6 +410,27 @@ UPDATE = 'priorities.update(places, metrics["td_error"])'
 @pytest.mark.filterwarnings("ignore:invalid value")
 def test_updates_see(request, name, old, new):
     fails_with_a_bug(request, test_each_batch_updates_its_own_priorities, name, old, new)
+
+
+@each_prioritized
+def test_beta_goes_on_in_a_resumed_run(module, monkeypatch, tmp_path):
+    """A beta that begins anew: it rises over the whole run, of which the resumed part is the second half."""
+    learn(module, tmp_path, importance_exponent=0.4)
+    betas = []
+    spy(monkeypatch, module.Priorities, "weights", lambda _, places, beta: betas.append(beta))
+    resume(module, tmp_path, importance_exponent=0.4)
+    assert betas == pytest.approx([0.4 + 0.6 * 3 * j / 600 for j in range(110, 200) for _ in range(3)])
+
+
+BETA = "end=1, duration=1, t=progress)"
+
+
+@bugs(
+    ("prioritized_dqn", BETA, BETA.replace("progress", "progress - (learn_after - 30) / args.total_timesteps")),
+    ("rainbow", BETA, BETA.replace("progress", "progress - (learn_after - 30) / args.total_timesteps")),
+)
+def test_beta_sees(request, name, old, new):
+    fails_with_a_bug(request, test_beta_goes_on_in_a_resumed_run, name, old, new)
 
 
 @each_prioritized

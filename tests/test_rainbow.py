@@ -228,32 +228,19 @@ def test_combinations_see(request, name, old, new):
 
 @each_rainbow
 def test_noise_of_every_layer_is_its_own(module):
-    """A draw that two layers, two streams or two sides of a layer share; sigma_0 lost on the way to a layer."""
-    args = module.Args(hidden_size=16, sigma_0=0.3)
-    agent = module.Agent(VECTOR, 3, args)
+    """A draw that two layers, two streams or two sides of a layer share."""
+    agent = module.Agent(VECTOR, 3, module.Args(hidden_size=16))
     noise = [e for stream in agent.draw_noise() for layer in stream for e in layer]
     numbers = torch.cat(noise).tolist()
     assert len(noise) == 2 * 2 * len(agent.streams)
     assert len(set(numbers)) == len(numbers)
-    layers = [layer for layer in agent.modules() if isinstance(layer, module.NoisyLinear)]
-    assert len(layers) == 4
-    for layer in layers:
-        sigma = 0.3 / layer.mu.in_features**0.5
-        assert layer.sigma_weight.flatten().tolist() == pytest.approx([sigma] * layer.sigma_weight.numel())
-        assert layer.sigma_bias.tolist() == pytest.approx([sigma] * len(layer.sigma_bias))
 
 
-SHARED = "noise = [stream.draw_noise() for stream in self.streams]; noise[1][0] = noise[0][0]"
+STREAMS = "return [stream.draw_noise() for stream in self.streams] if self.noisy else None"
+SHARED = "noise = [stream.draw_noise() for stream in self.streams]; noise[1][0] = noise[0][0]; return noise"
 
 
-@bugs(
-    (
-        "rainbow",
-        "return [stream.draw_noise() for stream in self.streams] if self.noisy else None",
-        f"{SHARED}; return noise",
-    ),
-    ("rainbow", "NoisyMLP(sizes, nn.ReLU, args.sigma_0)", "NoisyMLP(sizes, nn.ReLU, 0.5)"),
-)
+@bugs(("rainbow", STREAMS, SHARED))
 def test_noise_of_layers_sees(request, name, old, new):
     fails_with_a_bug(request, test_noise_of_every_layer_is_its_own, name, old, new)
 
@@ -328,6 +315,34 @@ ARGUMENTS = "args.n_steps, args.gamma, device)"
 )
 def test_parts_in_the_loop_see(request, monkeypatch, tmp_path, name, old, new):
     fails_with_a_bug(request, test_parts_that_are_off_are_off_in_the_loop, name, old, new)
+
+
+@each_rainbow
+@pytest.mark.parametrize(
+    "parts", [(), ("double",), ("double", "prioritized"), ("n_steps",), ("distributional",)], ids=str
+)
+def test_a_run_with_some_parts_is_one_of_their_script(module, parts, monkeypatch, tmp_path):
+    """The same bits in all that learns. The order of layers and draws differs where streams or noise come in."""
+    own = script(next(name for name, those in SCRIPTS.items() if those == parts))
+    found = []
+    for number, one in enumerate((own, module)):
+        agents = []
+        spy(monkeypatch, one, "evaluate", before=lambda agent, *_, agents=agents: agents.append(agent))
+        given = dict(gamma=0.9, num_atoms=11, v_min=-5.0, v_max=5.0, priority_exponent=0.6)
+        learn(one, tmp_path / str(number), total_timesteps=120, **given | switches(parts))
+        found.append(parameters(agents[0]))
+    assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
+
+
+N_STEPS = "rows, env_ids, args.n_steps, args.gamma"
+
+
+@bugs(
+    ("rainbow", N_STEPS, N_STEPS.replace("args.n_steps", "args.n_steps if args.prioritized else 1")),
+    ("rainbow", N_STEPS, N_STEPS.replace("args.gamma", "0.99")),
+)
+def test_a_run_of_many_steps_sees(request, name, old, new):
+    fails_with_a_bug(request, test_a_run_with_some_parts_is_one_of_their_script, name, old, new, parts=("n_steps",))
 
 
 @each_rainbow

@@ -8,7 +8,7 @@ import test_q_learning
 import torch
 import torch.nn as nn
 from conftest import spy
-from off_policy import bugs, gradient, key, learn, lines, make_agents, make_batch, resume, transitions
+from off_policy import bugs, flat, gradient, key, learn, lines, make_agents, make_batch, resume, transitions
 from runs import each, fails_with_a_bug, planted
 
 from algos import deep_sarsa, dqn
@@ -146,6 +146,33 @@ CARRIED = "        action = next_action\n"
 )
 def test_next_actions_see(request, name, old, new):
     fails_with_a_bug(request, test_next_actions_are_the_executed_ones, name, old, new, num_envs=3)
+
+
+@each_sarsa
+def test_gradient_step(module, monkeypatch, tmp_path):
+    """One step of Adam with DQN's eps of 1e-5 per batch, down a gradient that is scaled where it is too long."""
+    states = []
+    gradients = []
+    spy(monkeypatch, module, "critic_loss", lambda agent, *_: states.append(flat(agent.parameters())))
+    spy(monkeypatch, module, "descend", lambda _, given: gradients.append(flat(given.values())))
+    learn(module, tmp_path, total_timesteps=6, learning_rate=0.01, max_grad_norm=0.05)
+    assert len(states) == len(gradients) == 2
+    g = gradients[0]
+    assert g.norm().item() == pytest.approx(0.05, rel=1e-3)
+    torch.testing.assert_close(states[1] - states[0], -0.01 * g / (g.abs() + 1e-5), atol=2e-7, rtol=1e-4)
+
+
+STEP = "gradients, metrics = critic_gradients(agent, batch, args)"
+
+
+@bugs(
+    ("deep_sarsa", "eps=1e-5, fused", "fused"),
+    ("deep_sarsa", "torch.optim.Adam(", "torch.optim.AdamW("),
+    ("deep_sarsa", "max_norm=args.max_grad_norm", "max_norm=2 * args.max_grad_norm"),
+    ("deep_sarsa", STEP, f"{STEP}; descend(optimizer, gradients)"),
+)
+def test_gradient_step_sees(request, name, old, new):
+    fails_with_a_bug(request, test_gradient_step, name, old, new)
 
 
 @each_sarsa

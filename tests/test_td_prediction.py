@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 from conftest import make_args, spy
 from gymnasium.spaces import Box, Discrete
-from off_policy import bugs, key, transitions
+from off_policy import bugs, flat, key, transitions
 from runs import arguments, each, fails_with_a_bug, finished_run, planted, script
 
 from algos import td_prediction
@@ -328,7 +328,7 @@ def test_learned_rows_are_those_of_the_episodes(module, monkeypatch, tmp_path, m
     """Reset steps in an episode, two episodes in a row, episodes lost or doubled, truncation taken for termination."""
     batches = []
     spy(monkeypatch, module, "value_loss", lambda *inputs: batches.append({k: x.numpy() for k, x in inputs[1].items()}))
-    learn(module, tmp_path, "test/Tagged-v0", method=method, n_steps=2, batch_size=8, total_timesteps=400, gamma=0.8)
+    learn(module, tmp_path, "test/Tagged-v0", method=method, n_steps=2, batch_size=2, total_timesteps=400, gamma=0.8)
     assert batches, "nothing was learned from"
     true = {obs: row for obs, row in transitions().items() if obs[0] < 4}
     columns = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
@@ -337,6 +337,8 @@ def test_learned_rows_are_those_of_the_episodes(module, monkeypatch, tmp_path, m
     last = [max(row["t"] for obs, row in true.items() if obs[0] == i) for i in range(4)]
     sure = {obs for obs, row in true.items() if row["t"] < last[obs[0]] - 12}  # the rest waits for an end or a batch
     assert sure <= set(keys) <= true.keys()
+    over = {obs[::2] for obs, row in true.items() if row["terminated"] or row["truncated"]}  # environment and episode
+    assert len(keys) == sum(obs[::2] in over for obs in true) // 2 * 2, "rows that wait though there is a batch of them"
     n = 2 if method == "td" else 100
     kinds = set()
     for i, obs in enumerate(keys):
@@ -367,9 +369,28 @@ ROWS = "n_step_rows(states[i], rewards[i], terminated[i], n, args.gamma)"
     ("td_prediction", "rows += n_step_rows", "rows = n_step_rows"),
     ("td_prediction", "if done[i] or len", "if terminated[i] or len"),
     ("td_prediction", "rows = rows[args.batch_size :]", "rows = []"),
+    ("td_prediction", "while len(rows) >= args.batch_size:", "if len(rows) >= args.batch_size:"),
 )
 def test_learned_rows_see(request, name, old, new):
     fails_with_a_bug(request, test_learned_rows_are_those_of_the_episodes, name, old, new, method="td")
+
+
+@each_prediction
+def test_gradient_step(module, monkeypatch, tmp_path):
+    """One step of Adam with an eps of 1e-5 per batch."""
+    states = []
+    gradients = []
+    spy(monkeypatch, module, "value_loss", lambda agent, *_: states.append(flat(agent.parameters())))
+    spy(monkeypatch, module, "descend", lambda _, given: gradients.append(flat(given.values())))
+    learn(module, tmp_path, "test/Tagged-v0", total_timesteps=400, learning_rate=0.01, anneal_lr=False)
+    assert len(states) == len(gradients) > 1
+    g = gradients[0]
+    torch.testing.assert_close(states[1] - states[0], -0.01 * g / (g.abs() + 1e-5), atol=2e-7, rtol=1e-5)
+
+
+@bugs(("td_prediction", "eps=1e-5, fused", "fused"), ("td_prediction", "torch.optim.Adam(", "torch.optim.AdamW("))
+def test_gradient_step_sees(request, name, old, new):
+    fails_with_a_bug(request, test_gradient_step, name, old, new)
 
 
 def check_values(module, folder, name, method, expected):
@@ -403,11 +424,19 @@ def test_values(module, tmp_path, name, expected, method):
 
 @each_prediction
 @each_method
-def test_a_horizon_is_no_end(module, tmp_path, method):
-    """An episode cut at the horizon taken for one that has terminated."""
+def test_a_horizon_is_no_end(module, monkeypatch, tmp_path, method):
+    """An episode cut at the horizon taken for one that has terminated, or cut elsewhere: of 8 steps come 5 and 3."""
+    lengths = set()
+    spy(monkeypatch, module, "n_step_rows", lambda states, rewards, *_: lengths.add(len(rewards)))
     agent, _ = learn(module, tmp_path, "test/Truncation-v0", method=method, total_timesteps=16_000, horizon=5,
                      learning_rate=2e-2)  # fmt: skip
     assert agent(torch.ones(1, 1)).item() == pytest.approx(10, abs=0.25)
+    assert lengths == {5, 3}
+
+
+@bugs(("td_prediction", "len(rewards[i]) == args.horizon", "len(rewards[i]) > args.horizon"))
+def test_a_horizon_sees(request, name, old, new):
+    fails_with_a_bug(request, test_a_horizon_is_no_end, name, old, new, method="td")
 
 
 @bugs(("td_prediction", ROWS, ROWS.replace("terminated[i]", "done[i]")), ("td_prediction", VALID, "for i in range(N):"))
@@ -448,7 +477,61 @@ def test_errors_see(request, name, old, new):
     fails_with_a_bug(request, test_errors_of_the_evaluation, name, old, new)
 
 
+@each_prediction
+def test_returns_of_episodes_of_different_lengths(module, tmp_path):
+    """A discount that is not each episode's own, rewards of the next episode, a bootstrap at a termination or none."""
+    envs.Tagged.instances = []
+    args = module.Args(env_id="test/Tagged-v0", gamma=0.5, eval_episodes=6)
+    agent = module.Agent(OBS, args)
+    policy = module.make_policy(args, OBS, Discrete(3), CPU)
+    values, returns, _ = module.play(agent, policy, args, tmp_path)
+    for env, value, found in zip(envs.Tagged.instances, values, returns, strict=True):
+        rows = [row for row in env.log if key(row["obs"])[2] == 0]
+        expected = sum(0.5**t * row["reward"] for t, row in enumerate(rows))
+        if not rows[-1]["terminated"]:
+            expected += 0.5 ** len(rows) * agent(torch.from_numpy(rows[-1]["next_obs"][None])).item()
+        assert found == pytest.approx(expected, abs=1e-5)
+        assert value == pytest.approx(agent(torch.from_numpy(rows[0]["obs"][None])).item(), abs=1e-5)
+
+
+@bugs(
+    ("td_prediction", "discount *= args.gamma", "discount *= args.gamma if running.all() else 1.0"),
+    ("td_prediction", "goes_on = running & truncated & ~terminated", "goes_on = running & truncated"),
+    ("td_prediction", "goes_on = running & truncated & ~terminated", "goes_on = truncated & ~terminated"),
+    ("td_prediction", "returns += discount * rewards * running", "returns += discount * rewards"),
+)
+def test_returns_see(request, name, old, new):
+    fails_with_a_bug(request, test_returns_of_episodes_of_different_lengths, name, old, new)
+
+
 # Policies
+
+
+@each_prediction
+@pytest.mark.parametrize("greedy", [False, True])
+def test_the_policy_acts_on_what_it_sees(module, monkeypatch, tmp_path, greedy):
+    """The values of another policy: one that sees other observations, or is greedy though --greedy is not given."""
+    asked = set()
+
+    class Actor:
+        def act(self, obs, greedy=False):
+            asked.add(greedy)
+            return obs.sum(-1).astype(np.int64) % 3
+
+    monkeypatch.setattr(module, "load_agent", lambda *_: Actor())
+    learn(module, tmp_path, "test/Tagged-v0", policy="a run", greedy=greedy, total_timesteps=400)
+    assert asked == {greedy}
+    for row in transitions().values():
+        assert row["action"] == row["obs"].sum() % 3
+
+
+@bugs(
+    ("td_prediction", "greedy=args.greedy", "greedy=True"),
+    ("td_prediction", "greedy=args.greedy", "greedy=not args.greedy"),
+    ("td_prediction", "action = policy(obs)", "action = policy(np.roll(obs, 1, 0))"),
+)
+def test_policies_see(request, name, old, new):
+    fails_with_a_bug(request, test_the_policy_acts_on_what_it_sees, name, old, new, greedy=False)
 
 
 @each_prediction
