@@ -317,6 +317,21 @@ def test_periods_see(request, name, old, new):
     fails_with_a_bug(request, test_periods, name, old, new, N=3, k=2, f=7)
 
 
+@each_q_learning
+def test_the_target_is_the_whole_network(module, monkeypatch, tmp_path):
+    """A copy of the last layers alone, on top of the convolutions of the start."""
+    networks = []
+    spy(monkeypatch, module, "critic_loss", lambda agent, target, *_: networks.append((agent, target)))
+    learn(module, tmp_path, "Image", total_timesteps=60, target_network_frequency=60)
+    agent, target = networks[-1]
+    assert torch.equal(flat(agent.parameters()), flat(target.parameters()))
+
+
+@bugs(("dqn", "target.load_state_dict(agent.state_dict())", "target.q.load_state_dict(agent.q.state_dict())"))
+def test_target_sees(request, name, old, new):
+    fails_with_a_bug(request, test_the_target_is_the_whole_network, name, old, new)
+
+
 @bugs(("td3", DELAY, "if t % args.policy_frequency == 0:"), ("td3", DELAY, "if updates % args.policy_frequency == 1:"))
 def test_even_periods_see(request, name, old, new):
     fails_with_a_bug(request, test_periods, name, old, new, N=1, k=2, f=6)
