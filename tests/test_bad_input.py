@@ -390,7 +390,7 @@ def test_directory_without_a_checkpoint(module, tmp_path):
         ("--env-kwargs", '{"max_episode_steps": 9}', "env_kwargs ''"),
         ("--run-dir", "elsewhere", "run_dir"),
         ("--total-timesteps", 200, "256 steps already"),
-        ("--hidden-size", 24, "sizes"),
+        ("--hidden-size", 24, "does not hold the networks"),
         ("--env-id", None, "env_id"),
     ],
 )

@@ -163,12 +163,21 @@ def test_dueling(module):
         agent.value[-1].bias += 2.0
         torch.testing.assert_close(agent(obs), q + 2, atol=1e-5, rtol=1e-5)
 
+    x = agent.encoder(obs)
+    advantages = agent.advantage(x)
+    by_hand = agent.value(x) + advantages - sum(advantages.split(1, -1)) / 3
+    found = gradient(agent(obs).square().sum(), agent.parameters())  # both streams move what they share
+    expected = gradient(by_hand.square().sum(), agent.parameters())
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
+
 
 @bugs(
     ("dueling_dqn", "advantages - advantages.mean(-1, keepdim=True)", "advantages"),
     ("dueling_dqn", "advantages - advantages.mean(-1, keepdim=True)", "advantages - advantages.amax(-1, keepdim=True)"),
     ("dueling_dqn", "advantages - advantages.mean(-1, keepdim=True)", "advantages - advantages.mean(0, keepdim=True)"),
     ("dueling_dqn", "advantages - advantages.mean(-1, keepdim=True)", "advantages - advantages.mean()"),
+    ("dueling_dqn", "return self.value(x) +", "return self.value(x.detach()) +"),
+    ("dueling_dqn", "- advantages.mean(-1, keepdim=True)", "- advantages.mean(-1, keepdim=True).detach()"),
 )
 def test_dueling_sees(request, name, old, new):
     fails_with_a_bug(request, test_dueling, name, old, new)

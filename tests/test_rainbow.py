@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import spy
-from off_policy import FRAMES, GRID, VECTOR, bugs, learn, make_batch
+from off_policy import FRAMES, GRID, VECTOR, bugs, flat, learn, make_batch
 from runs import each, fails_with_a_bug, script
 from test_distributional import slow_projection
 
@@ -209,6 +209,17 @@ def test_loss_of_every_combination(module, parts):
     assert loss.item() == pytest.approx(np.mean(batch["weights"].numpy() * losses), rel=1e-4)
     assert metrics["td_error"].tolist() == pytest.approx(errors, rel=1e-3, abs=1e-4)
 
+    gradients = differentiate(loss, agent)
+    length = sum(g.square().sum() for g in gradients) ** 0.5
+    sides = []
+    for sign in (1, -1):  # a small step along the gradient and one back
+        with torch.no_grad():
+            for parameter, g in zip(parameters(agent), gradients):
+                parameter += (sign if not sides else 2 * sign) * 1e-3 * g / length
+        losses, _ = slow_losses(agent, target, batch, noise, args)
+        sides.append(np.mean(batch["weights"].numpy() * losses))
+    assert (sides[0] - sides[1]) / 2e-3 == pytest.approx(length.item(), rel=0.02)
+
 
 @bugs(
     ("rainbow", "advantages.mean(1, keepdim=True)", "advantages.mean((1, 2), keepdim=True)"),
@@ -346,6 +357,37 @@ def test_a_run_of_many_steps_sees(request, name, old, new):
 
 
 @each_rainbow
+def test_each_purpose_draws_anew(module, monkeypatch, tmp_path):
+    """Noise that acts and learns at once, that is kept from step to step, or that the evaluation has."""
+    used = dict(acting=[], learning=[], evaluation=[])
+    state = dict(now="acting")
+    spy(monkeypatch, module.Agent, "outputs", lambda _, obs, noise=None: used[state["now"]].append(noise))
+    learning = [lambda *_, now=now: state.update(now=now) for now in ("learning", "acting")]
+    spy(monkeypatch, module, "critic_loss", *learning)
+    spy(monkeypatch, module, "evaluate", lambda *_: state.update(now="evaluation"))
+    learn(module, tmp_path)
+    assert (len(used["acting"]), len(used["learning"])) == (100, 3 * 270)
+    assert used["evaluation"]
+    assert all(noise is None for noise in used["evaluation"])
+    draws = used["acting"] + used["learning"]
+    numbers = torch.stack([flat(e for stream in noise for pair in stream for e in pair) for noise in draws])
+    assert len(numbers.unique()) > 0.98 * numbers.numel()
+
+
+LEARNS_TOO = """noise = None if greedy else Agent.draw_noise(self)
+        self.draw_noise = lambda: noise or Agent.draw_noise(self)"""
+
+
+@bugs(
+    ("rainbow", ACT, LEARNS_TOO),
+    ("rainbow", ACT, "noise = self.draw_noise()"),
+    ("rainbow", "for network in (agent, agent, target)]", "for network in (agent, target)]; noise.append(noise[0])"),
+)
+def test_purposes_see(request, name, old, new):
+    fails_with_a_bug(request, test_each_purpose_draws_anew, name, old, new)
+
+
+@each_rainbow
 def test_the_error_of_a_distribution_is_a_divergence(module):
     """Priorities by the cross-entropy, which does not fall to 0 where nothing is left to learn."""
     args = module.Args(hidden_size=16, noisy=False, v_min=-5.0, v_max=5.0, num_atoms=11)
@@ -467,6 +509,6 @@ def test_greedy_actions_have_no_noise(module):
     assert any((agent.act(obs) != greedy).any() for _ in range(20))
 
 
-@bugs(("rainbow", "noise = None if greedy else self.draw_noise()", "noise = self.draw_noise()"))
+@bugs(("rainbow", ACT, "noise = self.draw_noise()"))
 def test_greedy_sees(request, name, old, new):
     fails_with_a_bug(request, test_greedy_actions_have_no_noise, name, old, new)

@@ -286,8 +286,6 @@ def test_values_see(request, name, old, new):
 
 # The cliff
 
-ROUNDS = 40  # of 40 draws of a' with epsilon 0.1 one is each action and 36 more are the greedy one
-
 
 def cliff():
     """Every transition of CliffWalking: by state and action the next state, the reward and whether it is the end."""
@@ -295,14 +293,14 @@ def cliff():
     return {(s, a): table[s][a][0][1:] for s in range(47) for a in range(4)}
 
 
-def solve_cliff(module, sweeps):
+def solve_cliff(module, sweeps, epsilon=None):
     """Q after sweeps of exact steps to the targets of the script's loss, for a linear network on one-hot states."""
     world = cliff()
     args = module.Args(gamma=1.0)
     agent = module.Agent(gym.spaces.Discrete(48), 4, args)
     agent.q = nn.Linear(48, 4, bias=False)
     nn.init.zeros_(agent.q.weight)
-    rounds = ROUNDS if module is not dqn else 1
+    rounds = 1 if module is dqn else round(4 / epsilon)  # draws of a': each action once, and else the greedy one
     pairs = torch.tensor([*world])
     outcomes = torch.tensor([*world.values()])
     batch = dict(obs=pairs[:, 0], actions=pairs[:, 1], next_obs=outcomes[:, 0].long())
@@ -336,17 +334,33 @@ def walk_the_cliff(q):
     return -np.inf
 
 
+def online_return(q, epsilon):
+    """The expected return of the epsilon-greedy policy, from the equations of its values."""
+    matrix = np.eye(47)
+    rewards = np.zeros(47)
+    greedy = q.argmax(-1)
+    for (s, a), (next_state, reward, over) in cliff().items():
+        share = epsilon / 4 + (1 - epsilon) * (a == greedy[s].item())
+        rewards[s] += share * reward
+        if not over:
+            matrix[s, next_state] -= share
+    return np.linalg.solve(matrix, rewards)[36]
+
+
 @each_sarsa
-def test_the_cliff(module):
-    """Sarsa's Q has the exploration in it (epsilon 0.1), so its path keeps two rows from the edge."""
-    q = solve_cliff(module, sweeps=150)
-    assert q[36].max().item() == pytest.approx(-17.951, abs=1e-3)
-    assert walk_the_cliff(q) == -15
+@pytest.mark.parametrize(("epsilon", "path", "online"), [(0.1, -15, -20.71), (0.2, -17, -28.63)])
+def test_the_cliff(module, epsilon, path, online):
+    """Sarsa's Q has the exploration in it, so its path keeps away from the edge, the farther the more it explores."""
+    q = solve_cliff(module, sweeps=200, epsilon=epsilon)
+    if epsilon == 0.1:
+        assert q[36].max().item() == pytest.approx(-17.951, abs=1e-3)
+    assert walk_the_cliff(q) == path
+    assert online_return(q, epsilon) == pytest.approx(online, abs=5e-3)
 
 
 @bugs(("deep_sarsa", NEXT, 'agent(batch["next_obs"]).amax(-1)'))
 def test_the_cliff_sees(request, name, old, new):
-    fails_with_a_bug(request, test_the_cliff, name, old, new)
+    fails_with_a_bug(request, test_the_cliff, name, old, new, epsilon=0.1, path=-15, online=-20.71)
 
 
 def test_q_learning_walks_along_the_cliff():
@@ -354,6 +368,8 @@ def test_q_learning_walks_along_the_cliff():
     q = solve_cliff(dqn, sweeps=40)
     assert q[36].max().item() == pytest.approx(-13, abs=1e-3)
     assert walk_the_cliff(q) == -13
+    assert online_return(q, 0.1) < 2 * -20.71  # twice what Sarsa loses; which of equal paths it takes sets how much
+    assert online_return(q, 0.2) < 2 * -28.63
 
 
 @each_sarsa

@@ -337,6 +337,9 @@ def test_learned_rows_are_those_of_the_episodes(module, monkeypatch, tmp_path, m
     last = [max(row["t"] for obs, row in true.items() if obs[0] == i) for i in range(4)]
     sure = {obs for obs, row in true.items() if row["t"] < last[obs[0]] - 12}  # the rest waits for an end or a batch
     assert sure <= set(keys) <= true.keys()
+    ends = {obs[::2]: row["t"] for obs, row in true.items()}
+    learned = [ends[obs[::2]] for obs in keys]
+    assert learned == sorted(learned), "episodes that wait though they ended before others"
     over = {obs[::2] for obs, row in true.items() if row["terminated"] or row["truncated"]}  # environment and episode
     assert len(keys) == sum(obs[::2] in over for obs in true) // 2 * 2, "rows that wait though there is a batch of them"
     n = 2 if method == "td" else 100
@@ -369,6 +372,7 @@ ROWS = "n_step_rows(states[i], rewards[i], terminated[i], n, args.gamma)"
     ("td_prediction", "rows += n_step_rows", "rows = n_step_rows"),
     ("td_prediction", "if done[i] or len", "if terminated[i] or len"),
     ("td_prediction", "rows = rows[args.batch_size :]", "rows = []"),
+    ("td_prediction", "rows[: args.batch_size], device)", "rows[-args.batch_size :], device)"),
     ("td_prediction", "while len(rows) >= args.batch_size:", "if len(rows) >= args.batch_size:"),
 )
 def test_learned_rows_see(request, name, old, new):
