@@ -18,7 +18,8 @@ where mu and sigma both learn by the gradient of DQN's loss
 Three independent draws of the noise: one to act, anew for every step, and one each for Q and Q_target, anew for every
 gradient step. The policy is greedy in the noisy Q; the evaluation takes the means mu alone.
 
-    python algos/noisy_dqn.py --env-id CartPole-v1    # 500 after 50,000 steps
+    python algos/noisy_dqn.py --env-id CartPole-v1            # 500 after 50,000 steps
+    python algos/noisy_dqn.py --env-id MinAtar/Breakout-v1    # 26 after 1M steps
 
 Not in the paper: Adam, a step size that falls to 0, gradients clipped in place of errors, periods of single steps, one
 draw for the actions of all environments, and a plain dense layer below two noisy ones, where it has only these two.
