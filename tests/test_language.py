@@ -576,7 +576,11 @@ def test_resuming_with_more_steps_trains_on(module, tmp_path):
 @each_language
 @pytest.mark.parametrize(
     ("flag", "value", "words"),
-    [("--seed", 2, "seed 1"), ("--total-timesteps", 200, "steps already"), ("--hidden-size", 24, "sizes")],
+    [
+        ("--seed", 2, "seed 1"),
+        ("--total-timesteps", 200, "steps already"),
+        ("--hidden-size", 24, "does not hold the networks"),
+    ],
 )
 def test_what_cannot_change_in_a_resumed_run(module, flag, value, words, tmp_path):
     """Refused in one sentence."""
