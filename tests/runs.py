@@ -82,22 +82,24 @@ def resume(module, folder: Path, *argv) -> dict:
     return module.train(module.parse_args(["--resume", str(folder), *map(str, argv)]))
 
 
-def metrics(folder: Path) -> list[dict]:
-    """The lines of metrics.jsonl, each of which must be strict JSON."""
+def metrics(folder: Path, running: bool = False) -> list[dict]:
+    """The lines of metrics.jsonl, each of which must be strict JSON; a running process may be writing one more."""
 
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} is no JSON")
 
     text = (folder / "metrics.jsonl").read_text()
+    if running:
+        text = text[: text.rfind("\n") + 1]
     try:
         return [json.loads(row, parse_constant=refuse) for row in text.splitlines()]
     except ValueError:
         raise AssertionError(f"no lines of JSON: {text}") from None
 
 
-def steps(folder: Path) -> list[int]:
+def steps(folder: Path, running: bool = False) -> list[int]:
     """The steps that metrics.jsonl knows."""
-    return [row["global_step"] for row in metrics(folder)]
+    return [row["global_step"] for row in metrics(folder, running)]
 
 
 def config(folder: Path) -> dict:

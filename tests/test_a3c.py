@@ -340,13 +340,13 @@ def test_no_process_outlives_the_run(who, tmp_path):
     folder = tmp_path / "run"
 
     def both_work():
-        lines = metrics(folder) if (folder / "checkpoint.pt").exists() else [dict(global_step=0)]
+        lines = metrics(folder, running=True) if (folder / "checkpoint.pt").exists() else [dict(global_step=0)]
         return lines[-1]["global_step"] % 32 == 0 and any(map(is_worker, children(run.pid)))
 
     wait_until(both_work)
     started = children(run.pid)
     (worker,) = filter(is_worker, started)
-    wait_until(lambda: max(np.diff(steps(folder)), default=0) > 32)  # a line with reports of both
+    wait_until(lambda: max(np.diff(steps(folder, running=True)), default=0) > 32)  # a line with reports of both
     if who == "Ctrl-C":
         for pid in [run.pid, worker]:
             os.kill(pid, signal.SIGINT)

@@ -180,7 +180,7 @@ def test_a_cluster(tmp_path, monkeypatch, cluster):
 def start_and_wait(folder: Path) -> tuple[Process, dict[int, str]]:
     """An endless run that has saved a checkpoint, and the processes below it."""
     run = ray_process(signalling(folder, dict(pause=0.001)), folder)
-    wait_until((folder / "run" / "checkpoint.pt").exists, 60)
+    wait_until((folder / "run" / "checkpoint.pt").exists, 180)
     started = descendants(run.pid)
     assert len(actors(run.pid, "Sampler")) == 2
     assert len(actors(run.pid, "Learner")) == 1
@@ -204,9 +204,9 @@ def test_a_lost_sampler_and_a_lost_learner(tmp_path):
     run, started = start_and_wait(tmp_path)
     first = set(actors(run.pid, "Sampler"))
     os.kill(min(first), signal.SIGKILL)
-    wait_until(lambda: metrics(tmp_path / "run")[-1]["lost_samplers"] == 1, 60)
-    step = steps(tmp_path / "run")[-1]
-    wait_until(lambda: steps(tmp_path / "run")[-1] > step + 6 * 32)
+    wait_until(lambda: metrics(tmp_path / "run", running=True)[-1]["lost_samplers"] == 1, 60)
+    step = steps(tmp_path / "run", running=True)[-1]
+    wait_until(lambda: steps(tmp_path / "run", running=True)[-1] > step + 6 * 32)
     second = set(actors(run.pid, "Sampler"))
     assert len(second) == 2
     assert len(second & first) == 1
