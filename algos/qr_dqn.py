@@ -16,8 +16,9 @@ tau_i = (i + 1/2) / n, i = 0 ... n - 1 (tau-hat in the paper), and Q(s, a) is th
 over transitions drawn uniformly from a replay buffer; L_kappa is the Huber loss. The policy is epsilon-greedy in Q;
 theta_target is a copy of theta that is renewed now and then.
 
-    python algos/qr_dqn.py --env-id CartPole-v1       # 500 after 50,000 steps
-    python algos/qr_dqn.py --env-id MountainCar-v0    # -101 after 120,000 steps
+    python algos/qr_dqn.py --env-id CartPole-v1            # 500 after 50,000 steps
+    python algos/qr_dqn.py --env-id MountainCar-v0         # -101 after 120,000 steps
+    python algos/qr_dqn.py --env-id MinAtar/Breakout-v1    # 28 after 1M steps
 
 Not in the paper: Adam's eps (1e-5, there 0.01 / 32), the division by kappa (of later papers; nothing changes at
 kappa = 1), a step size that falls to 0, clipped gradients, fewer than 200 quantiles where they are enough, and
