@@ -16,7 +16,7 @@ All workers share theta and g; theta' is the copy of theta that a worker acts wi
 
 Each worker has --num-envs environments, where the paper has one; steps are counted over all workers. One worker does
 what a2c.py does, bit for bit if its batches fill the budget exactly; with several, chance decides the order of their
-updates. Not in the paper: --lock, and what a2c.py names.
+updates. Not in the paper: --lock, rollouts that go on beyond the end of an episode, and what a2c.py names.
 
 Read to the end of train(); what follows the ruler is plumbing that the scripts share.
 """
@@ -187,7 +187,7 @@ def a3c_loss(agent: Agent, batch: dict[str, Tensor], args: Args) -> tuple[Tensor
 
 
 def work(index: int, envs: gym.vector.VectorEnv, shared: Shared, args: Args) -> Iterator[tuple[list[float], dict]]:
-    """Algorithm S3: what a worker does; after each update, yields returns of episodes and metrics."""
+    """Algorithm S3: what a worker does; after each update, yields the returns of episodes and metrics."""
     to_env = action_map(envs.single_action_space)
     device = next(shared.agent.parameters()).device
     agent = copy.deepcopy(shared.agent)  # with the parameters theta'
@@ -991,7 +991,7 @@ class Workers:
                 sys.exit(f"\n{Path(__file__).name}: {reason}; {Run.saved}")
 
     def receive(self, seconds: float) -> list[tuple[list[float], dict[str, float]]]:
-        """What the others have reported, after waiting so long for the first report."""
+        """What the others have reported; for the first report, waits this long at most."""
         reports = []
         for connection in multiprocessing.connection.wait(self.connections, seconds):
             try:

@@ -289,7 +289,7 @@ def train(args: Args) -> dict:
     return run.finish(evaluate(agent, args, run.dir) | dict(demonstrator_mean=float(np.mean(returns))))
 
 
-# Defaults in place of those of Args: of the first family that names the environment, or else of its kind of spaces.
+# Defaults in place of those of Args: of the first family that names the environment.
 FAMILIES = {
     "HalfCheetah Hopper Walker2d Ant Humanoid Swimmer Reacher Pusher InvertedPendulum InvertedDoublePendulum": dict(
         total_timesteps=5_000_000, hidden_size=256, play_every=400_000,

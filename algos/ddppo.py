@@ -13,13 +13,14 @@ Wijmans et al. 2020, arXiv:1911.00357. Child of ppo_clip.py: several processes t
 g_w is the gradient of PPO's loss in process w, a mean over its n_w rows. Without torchrun it is ppo_clip.py.
 
     torchrun --nproc-per-node 2 algos/ddppo.py --env-id CartPole-v1    # 500 after 100,000 steps
-    python algos/ddppo.py --env-id CartPole-v1                         # the same in one process
+    python algos/ddppo.py --env-id CartPole-v1                         # one process: ppo_clip.py
 
 Each process has --num-envs environments, so the batch grows with W; steps are counted over all processes. On GPUs each
 process takes one. With torchrun --max-restarts, a restart continues from the checkpoint in --run-dir.
 
-Not in the paper: what ppo_clip.py names, and that the mean is weighted: n_w differs, for steps that only reset an
-environment are no rows. In the paper, but not here: slow processes are interrupted and learn from what they have.
+Not in the paper: what ppo_clip.py names (normalised advantages it rejects as unstable), and that the mean is weighted:
+n_w differs, for steps that only reset an environment are no rows. In the paper, but not here: slow processes are
+interrupted and learn from what they have.
 
 Read to the end of train(); what follows the ruler is plumbing that the scripts share.
 """

@@ -11,8 +11,8 @@ Child of td_prediction.py: Q(s, a) in place of V(s), and the policy is epsilon-g
 
     w <- w + alpha (r + gamma Q(s', a') - Q(s, a)) grad Q(s, a)
 
-where a' is the action that the policy takes in s' (on-policy). So Q values exploration, too: on a cliff Sarsa keeps a
-distance from the edge that Q-learning does not. No gradient flows through the target (semi-gradient).
+where a' is the action that the policy takes in s' (on-policy). So Q counts what exploration costs: on a cliff Sarsa
+keeps a distance from the edge that Q-learning does not. No gradient flows through the target (semi-gradient).
 
     python algos/deep_sarsa.py --env-id CartPole-v1        # 499 after 200,000 steps
     python algos/deep_sarsa.py --env-id CliffWalking-v1    # -17 after 100,000 steps
@@ -202,7 +202,7 @@ def train(args: Args) -> dict:
     return run.finish(evaluate(agent, args, run.dir))
 
 
-# Defaults in place of those of Args: of the first family that names the environment, or else of its kind of spaces.
+# Defaults in place of those of Args: of the first family that names the environment.
 FAMILIES = {
     "Acrobot MountainCar": dict(total_timesteps=300_000, hidden_size=256, eval_episodes=100),
     "LunarLander": dict(total_timesteps=1_000_000, hidden_size=256, compile=True),

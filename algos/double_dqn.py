@@ -193,7 +193,7 @@ def train(args: Args) -> dict:
             reward = reward.clip(-1, 1)
         buffer.add(action, reward, terminated, valid, obs)
 
-        # Optimise once per train_frequency of these N steps.
+        # Optimise once every train_frequency steps; t counts the N steps just taken.
         for t in range(step - N + 1, step + 1):
             if t > learn_after and t % args.train_frequency == 0:
                 batch = buffer.sample(args.batch_size, device)
@@ -213,7 +213,7 @@ def train(args: Args) -> dict:
     return run.finish(evaluate(agent, args, run.dir))
 
 
-# Defaults in place of those of Args: of the first family that names the environment, or else of its kind of spaces.
+# Defaults in place of those of Args: of the first family that names the environment.
 FAMILIES = {
     "Acrobot": dict(
         total_timesteps=100_000, train_frequency=1, target_network_frequency=250, learning_rate=6.3e-4, end_e=0.1,

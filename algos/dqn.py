@@ -18,8 +18,9 @@ is renewed now and then.
     python algos/dqn.py --env-id MinAtar/Breakout-v1    # 20 after 1M steps
 
 Not in the paper: Adam in place of RMSprop, a step size that falls to 0, and a clipped norm of the gradient in place of
-clipped errors, whose loss is not least at the mean of the targets. All periods count single steps, so that several
-environments learn as often as one.
+clipped errors, whose loss is not least at the mean of the targets. Epsilon falls from the first step on, where the
+paper takes random actions until learning starts; evaluation is greedy, where the paper keeps an epsilon of 0.05. All
+periods count single steps, so that several environments learn as often as one.
 
 Read to the end of train(); what follows the ruler is plumbing that the scripts share.
 """
@@ -192,7 +193,7 @@ def train(args: Args) -> dict:
             reward = reward.clip(-1, 1)
         buffer.add(action, reward, terminated, valid, obs)
 
-        # Optimise once per train_frequency of these N steps.
+        # Optimise once every train_frequency steps; t counts the N steps just taken.
         for t in range(step - N + 1, step + 1):
             if t > learn_after and t % args.train_frequency == 0:
                 batch = buffer.sample(args.batch_size, device)
@@ -212,7 +213,7 @@ def train(args: Args) -> dict:
     return run.finish(evaluate(agent, args, run.dir))
 
 
-# Defaults in place of those of Args: of the first family that names the environment, or else of its kind of spaces.
+# Defaults in place of those of Args: of the first family that names the environment.
 FAMILIES = {
     "Acrobot": dict(
         total_timesteps=100_000, train_frequency=1, target_network_frequency=250, learning_rate=6.3e-4, end_e=0.1,

@@ -5,8 +5,8 @@
 # ///
 """GRPO: group relative policy optimization, PPO for language without a critic.
 
-Shao et al. 2024, arXiv:2402.03300. Child of ppo_rlhf.py: the mean of a group of responses takes the critic's place, and
-a checker that of the reward model.
+Shao et al. 2024, arXiv:2402.03300. Child of ppo_rlhf.py: the mean reward of a group of responses takes the critic's
+place, and a checker that of the reward model.
 
     max E[sum_it w_it min(rho_it A_i, clip(rho_it, 1 - eps_low, 1 + eps_high) A_i)]    with  A_i = r_i - mean(r)
 
@@ -65,7 +65,7 @@ class Args:
     env_id: str = "countdown"  # the task
     total_timesteps: int = 400_000  # tokens of responses to learn from in the last phase
     num_demonstrations: int = 40_000  # texts to learn to write from
-    right_demonstrations: float = 0.4  # share of them that solve their problem; the others are answers at random
+    right_demonstrations: float = 0.4  # share of them that are sure to be right; the others are answers at random
     sft_steps: int = 1200  # gradient steps of the supervised phase
     sft_learning_rate: float = 2e-3  # their step size, which falls linearly to 0
     batch_size: int = 128  # demonstrations or pairs per gradient step
@@ -136,10 +136,10 @@ def token_weights(mask: Tensor, args: Args) -> Tensor:
     """How much each token (N, T) of a batch counts in the loss; those of the mask are real."""
     N, T = mask.shape
     if args.loss_norm == "token":
-        return mask / mask.sum()  # each token of the batch as much as any other; in DAPO, of the group
+        return mask / mask.sum()  # each token of the batch as much as any other; Yu et al.: of the group
     if args.loss_norm == "sequence":
         return mask / mask.sum(1, keepdim=True) / N  # each response as much as any other: eq. 3
-    return mask / (N * T)  # the same in every batch, however long its responses: Dr. GRPO
+    return mask / (N * T)  # the same in every batch, however long its responses: Liu et al.
 
 
 def policy_loss(actor: nn.Module, batch: dict[str, Tensor], args: Args) -> tuple[Tensor, dict[str, Tensor]]:
@@ -240,11 +240,11 @@ def train(args: Args) -> dict:
             kl=kl, signal_fraction=has_signal.float().mean(), response_length=mask.sum() / N,
             eos_fraction=ended.float().mean(), distinct_fraction=torch.tensor(len(set(texts)) / N),
         )  # fmt: skip
-        num_new = int(mask.sum())
-        run.log(run.step + num_new, mean_metrics([*history, metrics]))
+        num_tokens = int(mask.sum())
+        run.log(run.step + num_tokens, mean_metrics([*history, metrics]))
         means = dict(gold=gold.mean(), kl=kl)
         of_first = dict(gold=gold[0], kl=log_ratio[0].sum())
-        show(run, num_new, means, texts[0], of_first)
+        show(run, num_tokens, means, texts[0], of_first)
 
     run.save()
     return run.finish(evaluate(actor, reference, None, tokenizer, task, args) | phases.numbers)
@@ -1087,7 +1087,7 @@ class Countdown:
         return rows
 
     def problem(self, rng: random.Random) -> tuple[str, str]:
-        """A problem and its solution, a number from 0 to 99."""
+        """A problem and its solution, whose value lies from 0 to 99."""
         while True:
             digits = [str(rng.randint(1, 9)) for _ in range(3)]
             solution = self.answer(rng, digits)
@@ -1111,7 +1111,7 @@ class Countdown:
         return self.has_form(text) and problem.split()[-1] == str(value_of(answer))
 
     def rewards(self, texts: list[str], ended: Tensor, proxy: Tensor | None = None) -> Tensor:
-        """Rewards (B,) of texts: 1 if the answer is right, else 0; or what your own function says."""
+        """Rewards (B,) of texts: 1 if the answer is right and at its end, else 0; or what your own function says."""
         if self.own_rewards:
             return torch.as_tensor(self.own_rewards(texts), dtype=torch.float32).cpu()
         return torch.tensor([float(end and self.is_right(text)) for text, end in zip(texts, ended.tolist())])

@@ -1006,7 +1006,7 @@ class OneProcess:
         pass
 
     def sample(self, weights: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], list[float]]:
-        """A batch by the policy with these weights, and its returns of episodes."""
+        """A batch by the policy with these weights, and the returns of its episodes."""
         return self.sampler.answer(weights)
 
     def receive(self, request: tuple, weights: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], list[float]]:
@@ -1135,7 +1135,7 @@ class Processes:
         return index, sampler, sampler.answer.options(num_returns=2).remote(weights)
 
     def receive(self, request: tuple[int, Any, Any], weights: Any) -> tuple[Any, list[float]]:
-        """The batch that was asked for and its returns of episodes; a lost sampler is replaced, with these weights."""
+        """The batch that was asked for and the returns of its episodes; replaces a lost sampler, with these weights."""
         index, sampler, answer = request
         for _ in range(3):
             batch, episode_returns = answer

@@ -12,14 +12,14 @@ bootstrap. So what a reward teaches reaches the n states before it at once.
     y = sum_{k<m} gamma^k r_{t+k} + gamma^m max_a' Q_target(s_{t+m}, a')
     L = E[(y - Q(s_t, a_t))^2]
 
-m is n, or less where the episode or the buffer ends before. A termination leaves nothing to bootstrap from; after a
-truncation, and at the newest step, Q_target values the last state that was seen.
+m is n, or less where the episode or the buffer ends sooner. A termination leaves nothing to bootstrap from; after a
+truncation, and at the newest step, the bootstrap is from the last state that was seen.
 
     python algos/n_step_dqn.py --env-id CartPole-v1    # 500 after 50,000 steps
     python algos/n_step_dqn.py --env-id Acrobot-v1     # -77 after 100,000 steps
 
 As in the papers, nothing corrects for later actions of the n steps that the current policy would not take. Not in the
-papers: Adam's eps (1e-5, in Rainbow's 1.5e-4), a step size that falls to 0, and clipped gradients. All periods count
+papers: Adam's eps (1e-5, in Rainbow 1.5e-4), a step size that falls to 0, and clipped gradients. All periods count
 single steps, so that several environments learn as often as one.
 
 Read to the end of train(); what follows the ruler is plumbing that the scripts share.
@@ -223,7 +223,7 @@ def train(args: Args) -> dict:
             reward = reward.clip(-1, 1)
         buffer.add(action, reward, terminated, valid, obs)
 
-        # Optimise once per train_frequency of these N steps.
+        # Optimise once every train_frequency steps; t counts the N steps just taken.
         for t in range(step - N + 1, step + 1):
             if t > learn_after and t % args.train_frequency == 0:
                 rows, env_ids = buffer.draw(args.batch_size)
@@ -244,7 +244,7 @@ def train(args: Args) -> dict:
     return run.finish(evaluate(agent, args, run.dir))
 
 
-# Defaults in place of those of Args: of the first family that names the environment, or else of its kind of spaces.
+# Defaults in place of those of Args: of the first family that names the environment.
 FAMILIES = {
     "CartPole": dict(buffer_size=10_000, learning_rate=2e-3),
     "Acrobot": dict(

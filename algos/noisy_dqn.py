@@ -21,8 +21,9 @@ gradient step. The policy is greedy in the noisy Q; the evaluation takes the mea
     python algos/noisy_dqn.py --env-id CartPole-v1            # 500 after 50,000 steps
     python algos/noisy_dqn.py --env-id MinAtar/Breakout-v1    # 26 after 1M steps
 
-Not in the paper: Adam, a step size that falls to 0, gradients clipped in place of errors, periods of single steps, one
-draw for the actions of all environments, and a plain dense layer below two noisy ones, where it has only these two.
+Not in the paper: Adam, a step size that falls to 0, a clipped norm of the gradient in place of clipped errors, one draw
+for the actions of all environments, and a plain dense layer below the two noisy ones, which the paper puts right on the
+convolutions. All periods count single steps, so that several environments learn as often as one.
 
 Read to the end of train(); what follows the ruler is plumbing that the scripts share.
 """
@@ -234,9 +235,8 @@ def train(args: Args) -> dict:
     history = deque(maxlen=100)  # metrics of the last gradient steps
 
     for step in range(run.step + N, args.total_timesteps + 1, N):
-        progress = (step - N) / args.total_timesteps
         if args.anneal_lr:
-            anneal(optimizer, 1 - progress)
+            anneal(optimizer, 1 - (step - N) / args.total_timesteps)
 
         # Take one step in each environment.
         action = agent.act(obs)
@@ -249,7 +249,7 @@ def train(args: Args) -> dict:
             reward = reward.clip(-1, 1)
         buffer.add(action, reward, terminated, valid, obs)
 
-        # Optimise once per train_frequency of these N steps.
+        # Optimise once every train_frequency steps; t counts the N steps just taken.
         for t in range(step - N + 1, step + 1):
             if t > learn_after and t % args.train_frequency == 0:
                 batch = buffer.sample(args.batch_size, device)
@@ -271,7 +271,7 @@ def train(args: Args) -> dict:
     return run.finish(evaluate(agent, args, run.dir))
 
 
-# Defaults in place of those of Args: of the first family that names the environment, or else of its kind of spaces.
+# Defaults in place of those of Args: of the first family that names the environment.
 FAMILIES = {
     "CartPole": dict(learning_rate=2e-3),
     "Acrobot": dict(

@@ -20,9 +20,10 @@ batch. Nothing is differentiated through r: this is the score function's gradien
         --reward-model lvwerra/distilbert-imdb
 
 The people are a formula that judges reviews of hotels, with noise; so the true reward of any text is known. The
-evaluation samples, for a prompt has one likeliest text. Not in the papers: a small transformer, normalised advantages,
-clipped gradients, and that a response without an end loses --missing-eos-penalty from its score; one without a period
-gets a fixed reward of -1 in Ziegler et al. In the code of Ziegler et al., but not here: values are clipped.
+evaluation samples, for a prompt has one likeliest text. Not in the papers: a small transformer, normalised advantages
+(but in the code of Ziegler et al.), clipped gradients, and that a response without an end loses --missing-eos-penalty
+from its score; one without a period gets a fixed reward of -1 in Ziegler et al. In their code, but not here: rewards
+are scaled and values clipped. In Ouyang et al., but not here: PPO also learns on from the texts of pretraining.
 
 Read to the end of train(); what follows the ruler is plumbing that the scripts share.
 """
@@ -113,7 +114,7 @@ class Args:
         if self.num_minibatches > self.num_responses:
             raise Refusal("num_minibatches may not exceed num_responses")
         if self.target_kl > 0 and self.kl_coef == 0:
-            raise Refusal("target_kl multiplies beta, which starts at kl_coef: it must be above 0")
+            raise Refusal("target_kl lets beta grow or shrink by factors from kl_coef on, which must be above 0")
         if self.prompts and not (self.preferences or self.reward_model):
             raise Refusal("prompts of your own need preferences or a reward_model: nobody knows what is good there")
 
@@ -160,7 +161,7 @@ class KLController(nn.Module):
         self.beta = self.beta * (1 + error * num_responses / args.kl_horizon)
 
 
-def reward_loss(model: RewardModel, batch: dict[str, Tensor], args: Args) -> tuple[Tensor, dict[str, Tensor]]:
+def reward_loss(model: RewardModel, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
     """-log P(chosen > rejected) of Bradley and Terry on a batch of pairs, and how often the choice was foreseen."""
     chosen = model(batch["chosen"], batch["chosen_real"])
     rejected = model(batch["rejected"], batch["rejected_real"])
@@ -169,7 +170,7 @@ def reward_loss(model: RewardModel, batch: dict[str, Tensor], args: Args) -> tup
 
 
 def fit_reward_model(model: RewardModel, pairs: dict[str, Tensor], run: "Run", args: Args) -> dict[str, float]:
-    """Minimise the loss on nine tenths of the pairs; returns how many of the other choices are foreseen."""
+    """Minimise the loss on nine tenths of the pairs; returns how often the other choices are foreseen."""
     device = next(model.parameters()).device
     pairs = {name: column.to(device) for name, column in pairs.items()}
     rows = torch.randperm(len(pairs["chosen"]))
@@ -181,10 +182,10 @@ def fit_reward_model(model: RewardModel, pairs: dict[str, Tensor], run: "Run", a
         shuffled = rows[torch.randperm(len(rows))]
         for batch_rows in run_phase("reward model", shuffled.split(args.batch_size), run):
             batch = {name: column[batch_rows] for name, column in pairs.items()}
-            gradients, _ = reward_gradients(model, batch, args)
+            gradients, _ = reward_gradients(model, batch)
             descend(optimizer, gradients)
     with torch.no_grad():
-        _, metrics = reward_loss(model, {name: column[held_out] for name, column in pairs.items()}, args)
+        _, metrics = reward_loss(model, {name: column[held_out] for name, column in pairs.items()})
     return dict(rm_accuracy=metrics["accuracy"].item())
 
 
@@ -223,11 +224,11 @@ def whiten(advantages: Tensor, mask: Tensor) -> Tensor:
 
 
 def policy_loss(
-    actor: nn.Module, batch: dict[str, Tensor], num_tokens: Tensor, args: Args
+    actor: nn.Module, batch: dict[str, Tensor], tokens_per_minibatch: Tensor, args: Args
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Minus PPO's clipped surrogate over the tokens of a minibatch, and what to log.
 
-    Sums are divided by num_tokens, the batch's tokens over the number of minibatches: so every token weighs the same.
+    Sums are divided by the mean number of tokens in the minibatches of a batch: so every token weighs the same.
     """
     T = args.max_new_tokens
     mask = batch["real"][:, -T:]
@@ -235,7 +236,7 @@ def policy_loss(
     advantages = batch["advantages"]
 
     def mean(x: Tensor) -> Tensor:
-        return torch.where(mask, x, 0).sum() / num_tokens
+        return torch.where(mask, x, 0).sum() / tokens_per_minibatch
 
     log_ratio = policy.log_prob(batch["tokens"][:, -T:]) - batch["log_probs"]
     ratio = log_ratio.exp()
@@ -252,13 +253,13 @@ def policy_loss(
 
 
 def value_loss(
-    critic: Critic, batch: dict[str, Tensor], num_tokens: Tensor, args: Args
+    critic: Critic, batch: dict[str, Tensor], tokens_per_minibatch: Tensor, args: Args
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The squared error of V over the tokens of a minibatch, and what to log."""
     T = args.max_new_tokens
     values = critic(batch["tokens"], batch["real"], T)[:, :-1]
     errors = torch.where(batch["real"][:, -T:], values - batch["returns"], 0)
-    loss = errors.square().sum() / num_tokens
+    loss = errors.square().sum() / tokens_per_minibatch
     return loss, dict(value_loss=loss.detach())
 
 
@@ -345,15 +346,15 @@ def train(args: Args) -> dict:
 
         # Optimise the surrogate for K epochs of minibatches.
         batch = dict(tokens=tokens, real=real, log_probs=log_probs, advantages=advantages, returns=returns)
-        num_tokens = mask.sum() / args.num_minibatches
+        tokens_per_minibatch = mask.sum() / args.num_minibatches
         history = []
         for _ in range(args.update_epochs):
             for rows in torch.randperm(N, device=device).tensor_split(args.num_minibatches):
                 minibatch = {name: column[rows] for name, column in batch.items()}
-                gradients, metrics = policy_gradients(actor, minibatch, num_tokens, args)
+                gradients, metrics = policy_gradients(actor, minibatch, tokens_per_minibatch, args)
                 descend(actor_optimizer, gradients)
                 history.append(metrics)
-                gradients, metrics = value_gradients(critic, minibatch, num_tokens, args)
+                gradients, metrics = value_gradients(critic, minibatch, tokens_per_minibatch, args)
                 descend(critic_optimizer, gradients)
                 history.append(metrics)
         if args.target_kl > 0:
@@ -367,11 +368,11 @@ def train(args: Args) -> dict:
             response_length=mask.sum() / N, eos_fraction=ended.float().mean(),
             distinct_fraction=torch.tensor(len(set(texts)) / N), kl_coef=torch.as_tensor(beta),
         )  # fmt: skip
-        num_new = int(mask.sum())
-        run.log(run.step + num_new, mean_metrics([*history, metrics]))
+        num_tokens = int(mask.sum())
+        run.log(run.step + num_tokens, mean_metrics([*history, metrics]))
         means = dict(proxy=proxy.mean(), gold=gold.mean(), kl=kl)
         of_first = dict(proxy=proxy[0], gold=gold[0], kl=log_ratio[0].sum())
-        show(run, num_new, means, texts[0], of_first)
+        show(run, num_tokens, means, texts[0], of_first)
 
     run.save()
     return run.finish(evaluate(actor, reference, reward_model, tokenizer, task, args) | phases.numbers)

@@ -241,7 +241,7 @@ def train(args: Args) -> dict:
     return run.finish(evaluate(agent, args, run.dir))
 
 
-# Defaults in place of those of Args: of the first family that names the environment, or else of its kind of spaces.
+# Defaults in place of those of Args: of the first family that names the environment.
 FAMILIES = {
     "Acrobot MountainCar": dict(total_timesteps=300_000, exploration_fraction=0.5, compile=True, eval_episodes=100),
     "LunarLander": dict(total_timesteps=1_000_000, exploration_fraction=0.5, compile=True),

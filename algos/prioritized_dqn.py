@@ -170,7 +170,7 @@ class Priorities(nn.Module):
         return (self.leaves[places] / self.tree.minima[0].min()) ** -beta
 
     def update(self, places: np.ndarray, errors: Tensor) -> None:
-        """p_i = |delta_i| + eps (algorithm 1, line 12) for these places (B,), whose |delta_i| (B,) are the errors."""
+        """p_i = |delta_i| + eps (section 3.3) for these places (B,), whose |delta_i| (B,) are the errors."""
         p = errors.numpy(force=True).astype(np.float64) + self.eps
         priorities = p**self.alpha
         self.tree.update(places, priorities)
@@ -251,7 +251,7 @@ def train(args: Args) -> dict:
         buffer.add(action, reward, terminated, valid, obs)
         priorities.add(buffer)
 
-        # Optimise once per train_frequency of these N steps.
+        # Optimise once every train_frequency steps; t counts the N steps just taken.
         for t in range(step - N + 1, step + 1):
             if t > learn_after and t % args.train_frequency == 0:
                 places = priorities.draw(args.batch_size)
@@ -275,7 +275,7 @@ def train(args: Args) -> dict:
     return run.finish(evaluate(agent, args, run.dir))
 
 
-# Defaults in place of those of Args: of the first family that names the environment, or else of its kind of spaces.
+# Defaults in place of those of Args: of the first family that names the environment.
 FAMILIES = {
     "Acrobot": dict(
         total_timesteps=100_000, train_frequency=1, target_network_frequency=250, learning_rate=6.3e-4, end_e=0.1,

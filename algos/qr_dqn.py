@@ -168,10 +168,10 @@ def critic_loss(agent: Agent, target: Agent, batch: dict[str, Tensor], args: Arg
     with torch.no_grad():
         next_quantiles = target.quantiles(batch["next_obs"])  # (B, A, n)
         next_actions = next_quantiles.mean(-1).argmax(-1)
-        next_values = of_actions(next_quantiles, next_actions)
+        next_quantiles = of_actions(next_quantiles, next_actions)  # (B, n)
         rewards = batch["rewards"][:, None]
         terminated = batch["terminated"][:, None]
-        y = td_target(rewards, terminated, next_values, args.gamma)  # T theta_j (B, n), algorithm 1
+        y = td_target(rewards, terminated, next_quantiles, args.gamma)  # T theta_j (B, n), algorithm 1
 
     quantiles = of_actions(agent.quantiles(batch["obs"]), batch["actions"])
     loss = quantile_huber(quantiles, y, args.kappa)
@@ -225,7 +225,7 @@ def train(args: Args) -> dict:
             reward = reward.clip(-1, 1)
         buffer.add(action, reward, terminated, valid, obs)
 
-        # Optimise once per train_frequency of these N steps.
+        # Optimise once every train_frequency steps; t counts the N steps just taken.
         for t in range(step - N + 1, step + 1):
             if t > learn_after and t % args.train_frequency == 0:
                 batch = buffer.sample(args.batch_size, device)
@@ -245,7 +245,7 @@ def train(args: Args) -> dict:
     return run.finish(evaluate(agent, args, run.dir))
 
 
-# Defaults in place of those of Args: of the first family that names the environment, or else of its kind of spaces.
+# Defaults in place of those of Args: of the first family that names the environment.
 FAMILIES = {
     "CartPole": dict(kappa=10.0, compile=True),
     "Acrobot": dict(

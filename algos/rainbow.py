@@ -9,7 +9,7 @@
 Hessel et al. 2018, arXiv:1710.02298. Child of dqn.py: double Q-learning, dueling streams, prioritised replay, returns
 over n steps, noisy layers and distributions of returns. With all six, Z, a distribution over fixed atoms, minimises
 
-    L = E[w D_KL(Phi(R_n + gamma^n Z_target(s_n, a')) || Z(s, a))]    with  a' = argmax_a' Q(s_n, a')
+    L = E[w D_KL(Phi(R_n + gamma^n Z_target(s_n, a')) || Z(s, a))]    with  a' = argmax Q(s_n, .)
 
 over transitions drawn with P in proportion to (D_KL + eps)^alpha; w corrects for that. R_n is the return over n steps,
 Phi shares its values out to the atoms, Q is the mean of Z, and noise on the weights explores in place of epsilon.
@@ -255,7 +255,8 @@ def critic_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss on a batch with one transition of up to n steps and one weight per row, and what to log.
 
-    `noise` holds that of three forward passes: of Q(s, a), of the choice of a' and of the target network.
+    `noise` holds that of three forward passes: of Q(s, a), of the choice of a' and of the target network. The errors
+    that set the priorities are D_KL of each row or, without --distributional, |y - Q(s, a)|.
     """
     own_noise, choice_noise, target_noise = noise
     with torch.no_grad():
@@ -334,7 +335,7 @@ def train(args: Args) -> dict:
         buffer.add(action, reward, terminated, valid, obs)
         priorities.add(buffer)
 
-        # Optimise once per train_frequency of these N steps.
+        # Optimise once every train_frequency steps; t counts the N steps just taken.
         for t in range(step - N + 1, step + 1):
             if t > learn_after and t % args.train_frequency == 0:
                 if args.prioritized:
@@ -365,7 +366,7 @@ def train(args: Args) -> dict:
     return run.finish(evaluate(agent, args, run.dir))
 
 
-# Defaults in place of those of Args: of the first family that names the environment, or else of its kind of spaces.
+# Defaults in place of those of Args: of the first family that names the environment.
 FAMILIES = {
     "CartPole": dict(learning_rate=2e-3, v_min=0.0, compile=True),
     "Acrobot": dict(
@@ -712,7 +713,7 @@ class Priorities(nn.Module):
         return (self.leaves[places] / self.tree.minima[0].min()) ** -beta
 
     def update(self, places: np.ndarray, errors: Tensor) -> None:
-        """p_i = |delta_i| + eps (algorithm 1, line 12) for these places (B,), whose |delta_i| (B,) are the errors."""
+        """p_i = |delta_i| + eps (section 3.3) for these places (B,), whose |delta_i| (B,) are the errors."""
         p = errors.numpy(force=True).astype(np.float64) + self.eps
         priorities = p**self.alpha
         self.tree.update(places, priorities)

@@ -20,8 +20,8 @@ slowly.
 
 As in the authors' code, pi is a density on [-1, 1]; its actions are then scaled to the bounds of the environment, and
 without bounds there is nothing to scale to. Not in the paper: alpha is learned through its logarithm, step sizes are
-larger (3e-4 there), gamma is 0.98 and batches are smaller on some environments, and the first learning_starts actions
-are uniform. All periods count single steps, so that several environments learn as often as one.
+larger (3e-4 there), on some environments gamma is 0.98, and batches and buffer are smaller, and the first
+learning_starts actions are uniform. All periods count single steps, so that several environments learn as often as one.
 
 Read to the end of train(); what follows the ruler is plumbing that the scripts share.
 """
@@ -243,7 +243,7 @@ def train(args: Args) -> dict:
         run.episode_returns += score[done].tolist()
         buffer.add(action, reward, terminated, valid, obs)
 
-        # Optimise once per train_frequency of these N steps.
+        # Optimise once every train_frequency steps; t counts the N steps just taken.
         for t in range(step - N + 1, step + 1):
             if t <= learn_after or t % args.train_frequency != 0:
                 continue
@@ -270,7 +270,7 @@ def train(args: Args) -> dict:
     return run.finish(evaluate(agent, args, run.dir))
 
 
-# Defaults in place of those of Args: of the first family that names the environment, or else of its kind of spaces.
+# Defaults in place of those of Args: of the first family that names the environment.
 FAMILIES = {
     "LunarLanderContinuous BipedalWalker BipedalWalkerHardcore": dict(
         total_timesteps=300_000, learning_starts=10_000, batch_size=256, compile=True, eval_episodes=20,

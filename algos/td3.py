@@ -18,10 +18,10 @@ Q'_1, Q'_2 and mu' follow Q_1, Q_2 and mu slowly.
     python algos/td3.py --env-id HalfCheetah-v5 --total-timesteps 100000    # 5,700
 
 As in the paper, the first learning_starts actions are uniform. Not in the paper: mu', a running average of mu, is what
-is evaluated; layers and batches have other sizes, gamma is 0.98 on some environments, and on HalfCheetah tau and the
-exploration noise are twice as large. All periods count single steps, so that several environments learn as often as
-one. Noise is added to actions in [-1, 1], which are scaled to the bounds of the environment; without bounds there is
-nothing to scale to.
+is evaluated; layers and batches have other sizes, on some environments gamma is 0.98 and the buffer smaller, and on
+HalfCheetah tau and the exploration noise are twice as large. All periods count single steps, so that several
+environments learn as often as one. Noise is added to actions in [-1, 1], which are scaled to the bounds of the
+environment; without bounds there is nothing to scale to.
 
 Read to the end of train(); what follows the ruler is plumbing that the scripts share.
 """
@@ -227,7 +227,7 @@ def train(args: Args) -> dict:
         run.episode_returns += score[done].tolist()
         buffer.add(action, reward, terminated, valid, obs)
 
-        # Optimise once per train_frequency of these N steps.
+        # Optimise once every train_frequency steps; t counts the N steps just taken.
         for t in range(step - N + 1, step + 1):
             if t <= learn_after or t % args.train_frequency != 0:
                 continue
@@ -253,7 +253,7 @@ def train(args: Args) -> dict:
     return run.finish(evaluate(target, args, run.dir))  # mu' is steadier than mu
 
 
-# Defaults in place of those of Args: of the first family that names the environment, or else of its kind of spaces.
+# Defaults in place of those of Args: of the first family that names the environment.
 FAMILIES = {
     "LunarLanderContinuous BipedalWalker BipedalWalkerHardcore": dict(
         total_timesteps=300_000, learning_starts=10_000, batch_size=256, compile=True, eval_episodes=20,

@@ -11,7 +11,7 @@ Sutton & Barto 2018, Reinforcement learning: an introduction, ch. 9 and sec. 7.1
     w <- w + alpha (G - V(s)) grad V(s)    with  G = r_1 + gamma r_2 + ... + gamma^(n-1) r_n + gamma^n V(s_n)
 
 where r_1, r_2, ... are the rewards that follow and s_n is the state after n steps. With --method td, n is --n-steps;
-with --method mc (Monte-Carlo) the rewards go on to the end of the episode. No gradient flows through V(s_n).
+with --method mc (Monte Carlo) the rewards go on to the end of the episode. No gradient flows through V(s_n).
 
     python algos/td_prediction.py --env-id RandomWalk-v0                 # error 0.009 after 3M steps
     python algos/td_prediction.py --env-id RandomWalk-v0 --method mc     # error 0.010 after 3M steps
@@ -23,7 +23,8 @@ Where a time limit or --horizon cuts an episode, V stands for the rest of the re
 
 Not in the book: learning waits for the end of an episode, even with TD; a gradient step takes batch_size states; Adam,
 and a step size that falls to 0. The score is minus the error: |V - v| in each state of the random walk, whose values v
-under the uniform policy are known, and else |V(s_0) - G| in fresh episodes, where G is the whole return.
+under the uniform policy are known, and else |V(s_0) - G| in fresh episodes, where G is the return to the end and V
+stands for the rest of what a time limit cuts.
 
 Read to the end of train(); what follows the ruler is plumbing that the scripts share.
 """
@@ -65,7 +66,7 @@ class Args:
     num_envs: int = 8  # N, environments side by side
     policy: str = "uniform"  # whose values: uniform, which takes random actions, or the directory of a finished run
     greedy: bool = False  # the policy of that run without its exploration
-    method: Literal["mc", "td"] = "td"  # G: the whole return (Monte-Carlo), or n steps of it and then V
+    method: Literal["mc", "td"] = "td"  # G: the whole return (Monte Carlo), or n steps of it and then V
     n_steps: int = 1  # n, steps before the bootstrap
     horizon: int = 10_000  # steps after which learning cuts an episode
     batch_size: int = 128  # transitions per gradient step
@@ -188,7 +189,7 @@ def train(args: Args) -> dict:
     score = np.zeros(N)  # return so far of the running episodes
     states = [[] for _ in range(N)]  # of the running episodes
     rewards = [[] for _ in range(N)]  # of the running episodes
-    rows = []  # of the episodes that have ended
+    rows = []  # of the episodes that have ended or were cut, and not learned from yet
     history = deque(maxlen=100)  # metrics of the last gradient steps
 
     for step in range(run.step + N, args.total_timesteps + 1, N):
@@ -232,7 +233,7 @@ def train(args: Args) -> dict:
     return run.finish(evaluate_values(agent, policy, args, run.dir))
 
 
-# Defaults in place of those of Args: of the first family that names the environment, or else of its kind of spaces.
+# Defaults in place of those of Args: of the first family that names the environment.
 FAMILIES = {
     "CartPole Acrobot MountainCar MountainCarContinuous Pendulum": dict(
         total_timesteps=200_000, learning_rate=1e-3, gamma=0.99,
