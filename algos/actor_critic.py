@@ -16,10 +16,10 @@ it. No gradient flows through y, nor through the Q(s, a) beside log pi.
 
     python algos/actor_critic.py --env-id CartPole-v1    # 500 after 200,000 steps
 
-Not in the book: the weight is Q, where it has the TD error of a V; a batch has several steps of several environments;
-Q is standardised over it, which makes its mean a baseline; there is no gamma^t before Q; rewards and (on some
-environments) observations are normalised, the optimizer is Adam, its step size falls to 0, gradients are clipped,
-layers start orthogonal, and actions in [-1, 1] are scaled to the bounds of the environment.
+Not in the book: the entropy bonus; the weight is Q, where it has the TD error of a V; a batch has several steps of
+several environments; Q is standardised over it, which makes its mean a baseline; there is no gamma^t before Q; rewards
+and observations are normalised on some environments, the optimizer is Adam, its step size falls to 0, gradients are
+clipped, layers start orthogonal, and actions in [-1, 1] are scaled to the bounds of the environment.
 
 Read to the end of train(); what follows the ruler is plumbing that the scripts share.
 """
@@ -67,13 +67,13 @@ class Args:
     max_grad_norm: float = 0.5  # longer gradients are scaled down to this norm
     hidden_size: int = 64  # units in each hidden layer of the MLPs
     log_std_init: float = 0.0  # logarithm of the initial standard deviation (Box actions)
-    norm_obs: bool = False  # normalise vector observations by their running mean and deviation
-    norm_reward: bool = True  # divide rewards by the running deviation of the discounted return
+    norm_obs: bool = False  # normalise vector observations by their running mean and deviation, then clip to [-10, 10]
+    norm_reward: bool = True  # divide rewards by the running deviation of the discounted return, then clip to [-10, 10]
     clip_reward: bool = False  # learn from rewards clipped to [-1, 1]; the log has them whole
     compile: bool = False  # compile the gradient step: 10 s at the start, then 2 to 3 times as fast
 
     seed: int = 1  # of weights, actions, minibatches and environments
-    device: str = "auto"  # cpu, cuda, cuda:1, mps or auto: a GPU for images if there is one, else the CPU
+    device: str = "auto"  # cpu, cuda, cuda:1, mps or auto: a CUDA GPU for images if there is one, else the CPU
     torch_threads: int = 1  # CPU threads, 0 for one per core; small networks are fastest with 1
     env_kwargs: str = ""  # JSON for the environment, like '{"max_episode_steps": 200}'
     run_dir: str = ""  # where the results go; if empty, runs/<env>__<algo>__<seed>__<time>
@@ -197,7 +197,7 @@ def train(args: Args) -> dict:
     action = agent.act(obs)
     done = np.zeros(N, bool)
     score = np.zeros(N)  # return so far of the running episodes
-    discounted = np.zeros(N)  # the same, discounted, of the rewards that are learned from
+    discounted = np.zeros(N)  # sum so far of the rewards that are learned from, older ones discounted
 
     for iteration in range(first_iteration, num_iterations):
         remaining = 1 - iteration / num_iterations

@@ -80,12 +80,12 @@ class Args:
     hidden_size: int = 64  # units in each hidden layer of the MLPs
     log_std_init: float = 0.0  # logarithm of the initial standard deviation (Box actions)
     learn_std: bool = False  # learn that deviation, down to exp(-5); if fixed, L is a squared error
-    norm_obs: bool = True  # normalise vector observations by their running mean and deviation
+    norm_obs: bool = True  # normalise vector observations by their running mean and deviation, then clip to [-10, 10]
     save_demonstrations: str = ""  # file *.hdf5 for the episodes that the demonstrator shows
     compile: bool = False  # compile the gradient step: 10 s at the start, then 2 to 3 times as fast
 
     seed: int = 1  # of weights, actions, minibatches and environments
-    device: str = "auto"  # cpu, cuda, cuda:1, mps or auto: a GPU for images if there is one, else the CPU
+    device: str = "auto"  # cpu, cuda, cuda:1, mps or auto: a CUDA GPU for images if there is one, else the CPU
     torch_threads: int = 1  # CPU threads, 0 for one per core; small networks are fastest with 1
     env_kwargs: str = ""  # JSON for the environment, like '{"max_episode_steps": 200}'
     run_dir: str = ""  # where the results go; if empty, runs/<env>__<algo>__<seed>__<time>

@@ -82,7 +82,7 @@ class Args:
     preferences: str = ""  # your pairs: JSON lines or a data set with prompt, chosen, rejected; if empty, the task's
 
     seed: int = 1  # of weights, texts and minibatches
-    device: str = "auto"  # cpu, cuda, cuda:1, mps or auto: a GPU if there is one, else the CPU
+    device: str = "auto"  # cpu, cuda, cuda:1, mps or auto: a CUDA GPU if there is one, else the CPU
     torch_threads: int = 1  # CPU threads, 0 for one per core; small networks are fastest with 1
     run_dir: str = ""  # where the results go; if empty, runs/<env>__<algo>__<seed>__<time>
     track: bool = False  # log to Weights & Biases

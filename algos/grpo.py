@@ -94,7 +94,7 @@ class Args:
     reward_function: str = ""  # in place of the check: module:function on PYTHONPATH, from a list of texts to rewards
 
     seed: int = 1  # of weights, texts and minibatches
-    device: str = "auto"  # cpu, cuda, cuda:1, mps or auto: a GPU if there is one, else the CPU
+    device: str = "auto"  # cpu, cuda, cuda:1, mps or auto: a CUDA GPU if there is one, else the CPU
     torch_threads: int = 1  # CPU threads, 0 for one per core; small networks are fastest with 1
     run_dir: str = ""  # where the results go; if empty, runs/<env>__<algo>__<seed>__<time>
     track: bool = False  # log to Weights & Biases

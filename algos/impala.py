@@ -75,13 +75,13 @@ class Args:
     max_grad_norm: float = 0.5  # longer gradients are scaled down to this norm
     hidden_size: int = 64  # units in each hidden layer of the MLPs
     log_std_init: float = 0.0  # logarithm of the initial standard deviation (Box actions)
-    norm_obs: bool = False  # normalise vector observations by their running mean and deviation
-    norm_reward: bool = True  # divide rewards by the running deviation of the discounted return
+    norm_obs: bool = False  # normalise vector observations by their running mean and deviation, then clip to [-10, 10]
+    norm_reward: bool = True  # divide rewards by the running deviation of the discounted return, then clip to [-10, 10]
     clip_reward: bool = False  # learn from rewards clipped to [-1, 1]; the log has them whole
     compile: bool = False  # compile the gradient step: 10 s at the start, then 2 to 3 times as fast
 
     seed: int = 1  # of weights, actions, minibatches and environments
-    device: str = "auto"  # cpu, cuda, cuda:1, mps or auto: a GPU for images if there is one, else the CPU
+    device: str = "auto"  # cpu, cuda, cuda:1, mps or auto: a CUDA GPU for images if there is one, else the CPU
     torch_threads: int = 1  # CPU threads, 0 for one per core; small networks are fastest with 1
     env_kwargs: str = ""  # JSON for the environment, like '{"max_episode_steps": 200}'
     run_dir: str = ""  # where the results go; if empty, runs/<env>__<algo>__<seed>__<time>
@@ -191,7 +191,7 @@ def collect(all_weights: Iterator[dict[str, Tensor]], number: int, agent: Agent,
     obs, _ = envs.reset(seed=train_seed(args.seed, number * N))
     done = np.zeros(N, bool)
     score = np.zeros(N)  # return so far of the running episodes
-    discounted = np.zeros(N)  # the same, discounted, of the rewards that are learned from
+    discounted = np.zeros(N)  # sum so far of the rewards that are learned from, older ones discounted
 
     for weights in all_weights:
         agent.load_state_dict(weights)

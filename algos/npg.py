@@ -17,9 +17,10 @@ F is the Fisher matrix of the policy. A is estimated by GAE(lambda) under the ol
     python algos/npg.py --env-id CartPole-v1       # 500 after 100,000 steps
     python algos/npg.py --env-id HalfCheetah-v5    # 5,500 after 1M steps
 
-As in Kakade, alpha is given; Rajeswaran et al. take sqrt(delta / g^T F^-1 g), and trpo.py something like it. Not in the
-papers: step sizes fall to 0, damping I is added to F, rewards, advantages and (on some environments) observations are
-normalised, layers start orthogonal, and actions in [-1, 1] are scaled to the bounds of the environment.
+As in Kakade, alpha is given; Rajeswaran et al. take sqrt(delta / g^T F^-1 g), and trpo.py at most sqrt(2) times that.
+Not in the papers: step sizes fall to 0, damping I is added to F, advantages and (on some environments) rewards and
+observations are normalised, layers start orthogonal, and actions in [-1, 1] are scaled to the bounds of the
+environment.
 
 Read to the end of train(); what follows the ruler is plumbing that the scripts share.
 """
@@ -71,13 +72,13 @@ class Args:
     fisher_stride: int = 1  # the Fisher matrix is estimated on every k-th transition of a batch
     hidden_size: int = 64  # units in each hidden layer of the MLPs
     log_std_init: float = 0.0  # logarithm of the initial standard deviation (Box actions)
-    norm_obs: bool = False  # normalise vector observations by their running mean and deviation
-    norm_reward: bool = True  # divide rewards by the running deviation of the discounted return
+    norm_obs: bool = False  # normalise vector observations by their running mean and deviation, then clip to [-10, 10]
+    norm_reward: bool = True  # divide rewards by the running deviation of the discounted return, then clip to [-10, 10]
     clip_reward: bool = False  # learn from rewards clipped to [-1, 1]; the log has them whole
     compile: bool = False  # compile the gradient step: 10 s at the start, then 2 to 3 times as fast
 
     seed: int = 1  # of weights, actions, minibatches and environments
-    device: str = "auto"  # cpu, cuda, cuda:1, mps or auto: a GPU for images if there is one, else the CPU
+    device: str = "auto"  # cpu, cuda, cuda:1, mps or auto: a CUDA GPU for images if there is one, else the CPU
     torch_threads: int = 1  # CPU threads, 0 for one per core; small networks are fastest with 1
     env_kwargs: str = ""  # JSON for the environment, like '{"max_episode_steps": 200}'
     run_dir: str = ""  # where the results go; if empty, runs/<env>__<algo>__<seed>__<time>
@@ -249,7 +250,7 @@ def natural_gradient_step(agent: Agent, batch: dict[str, Tensor], alpha: float, 
         new = agent.policy(agent.encoder(obs))
         kl = mean_kl(old, new)
         gain = surrogate(old, new, batch) - batch["advantages"].mean()  # at pi_old the ratio is 1
-    return dict(entropy=old.entropy().mean(), approx_kl=kl, surrogate_gain=gain)
+    return dict(entropy=old.entropy().mean(), kl=kl, surrogate_gain=gain)
 
 
 def value_loss(agent: Agent, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -280,7 +281,7 @@ def train(args: Args) -> dict:
     obs, _ = envs.reset(seed=train_seed(args.seed, first_iteration * N))  # other episodes in a resumed run
     done = np.zeros(N, bool)
     score = np.zeros(N)  # return so far of the running episodes
-    discounted = np.zeros(N)  # the same, discounted, of the rewards that are learned from
+    discounted = np.zeros(N)  # sum so far of the rewards that are learned from, older ones discounted
 
     for iteration in range(first_iteration, num_iterations):
         remaining = 1 - iteration / num_iterations

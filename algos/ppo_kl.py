@@ -17,9 +17,9 @@ A is estimated by GAE(lambda) under the old policy, and R = A + V_old; d is the 
     python algos/ppo_kl.py --env-id CartPole-v1    # 500 after 100,000 steps
     python algos/ppo_kl.py --env-id Acrobot-v1     # -78 after 300,000 steps
 
-Not in the paper: beta stays in [1e-4, 1e4]; rewards, advantages and (on some environments) observations are normalised,
-the step size falls to 0 on MuJoCo, too, gradients are clipped, layers start orthogonal, and actions in [-1, 1] are
-scaled to the bounds of the environment.
+Not in the paper: beta stays in [1e-4, 1e4]; advantages and (on some environments) rewards and observations are
+normalised, the step size falls to 0 on MuJoCo, too, gradients are clipped, layers start orthogonal, and actions in [-1,
+1] are scaled to the bounds of the environment.
 
 Read to the end of train(); what follows the ruler is plumbing that the scripts share.
 """
@@ -67,19 +67,19 @@ class Args:
     gae_lambda: float = 0.95  # lambda of GAE, from 0 (one-step TD) to 1 (Monte Carlo)
     kl: Literal["adaptive", "fixed"] = "adaptive"  # beta follows the measured KL, or stays as it is
     beta: float = 1.0  # weight of the KL penalty, at the start if adaptive; the best fixed one of the paper is 3
-    target_kl: float = 0.01  # delta (d in PPO), KL(old || new) in each iteration: to aim at or, in TRPO, its bound
+    target_kl: float = 0.01  # delta (d in PPO), KL(old || new) per iteration: TRPO's bound, aim of TRPO-Penalty and PPO
     vf_coef: float = 0.5  # c1, weight of the value loss
     ent_coef: float = 0.0  # c2, weight of the entropy bonus
     max_grad_norm: float = 0.5  # longer gradients are scaled down to this norm
     hidden_size: int = 64  # units in each hidden layer of the MLPs
     log_std_init: float = 0.0  # logarithm of the initial standard deviation (Box actions)
-    norm_obs: bool = False  # normalise vector observations by their running mean and deviation
-    norm_reward: bool = True  # divide rewards by the running deviation of the discounted return
+    norm_obs: bool = False  # normalise vector observations by their running mean and deviation, then clip to [-10, 10]
+    norm_reward: bool = True  # divide rewards by the running deviation of the discounted return, then clip to [-10, 10]
     clip_reward: bool = False  # learn from rewards clipped to [-1, 1]; the log has them whole
     compile: bool = False  # compile the gradient step: 10 s at the start, then 2 to 3 times as fast
 
     seed: int = 1  # of weights, actions, minibatches and environments
-    device: str = "auto"  # cpu, cuda, cuda:1, mps or auto: a GPU for images if there is one, else the CPU
+    device: str = "auto"  # cpu, cuda, cuda:1, mps or auto: a CUDA GPU for images if there is one, else the CPU
     torch_threads: int = 1  # CPU threads, 0 for one per core; small networks are fastest with 1
     env_kwargs: str = ""  # JSON for the environment, like '{"max_episode_steps": 200}'
     run_dir: str = ""  # where the results go; if empty, runs/<env>__<algo>__<seed>__<time>
@@ -185,7 +185,7 @@ def adapt_beta(beta: Tensor, kl: Tensor, target: float) -> Tensor:
         beta = beta / 2
     elif kl > target * 1.5:
         beta = beta * 2
-    return beta.clamp(1e-4, 1e4)  # so that it is soon back when it is needed again
+    return beta.clamp(1e-4, 1e4)  # bounded, so that a few doublings or halvings bring it back
 
 
 def train(args: Args) -> dict:
@@ -212,7 +212,7 @@ def train(args: Args) -> dict:
     mean_kl(policy, policy)  # PyTorch looks up the formula at the first call, which must not be a compiled one
     done = np.zeros(N, bool)
     score = np.zeros(N)  # return so far of the running episodes
-    discounted = np.zeros(N)  # the same, discounted, of the rewards that are learned from
+    discounted = np.zeros(N)  # sum so far of the rewards that are learned from, older ones discounted
 
     for iteration in range(first_iteration, num_iterations):
         remaining = 1 - iteration / num_iterations
@@ -269,7 +269,7 @@ def train(args: Args) -> dict:
             policy, _ = agent(batch["obs"])
             old_policy, _ = old_agent(batch["obs"])
             kl = mean_kl(old_policy, policy)
-        history.append(dict(approx_kl=kl, beta=agent.beta))
+        history.append(dict(kl=kl, beta=agent.beta))
         if args.kl == "adaptive":
             agent.beta = adapt_beta(agent.beta, kl, args.target_kl)
         if isinstance(agent.encoder, RunningNorm):

@@ -96,7 +96,7 @@ class Args:
     reward_model: str = ""  # in place of r: a Hugging Face classifier, or module:function on PYTHONPATH
 
     seed: int = 1  # of weights, texts and minibatches
-    device: str = "auto"  # cpu, cuda, cuda:1, mps or auto: a GPU if there is one, else the CPU
+    device: str = "auto"  # cpu, cuda, cuda:1, mps or auto: a CUDA GPU if there is one, else the CPU
     torch_threads: int = 1  # CPU threads, 0 for one per core; small networks are fastest with 1
     run_dir: str = ""  # where the results go; if empty, runs/<env>__<algo>__<seed>__<time>
     track: bool = False  # log to Weights & Biases

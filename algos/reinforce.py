@@ -17,11 +17,12 @@ with --baseline none it is 0.
 
     python algos/reinforce.py --env-id CartPole-v1    # 500 after 200,000 steps
 
-Not in the book: Adam, a step size that falls to 0, and a gradient divided by the number of steps, which changes its
-length alone. G - b is divided by its root mean square, so c2 weighs the entropy against weights of size 1. There is no
-gamma^t before G_t, rewards and (on some environments) observations are normalised, gradients are clipped, layers start
-orthogonal, and actions in [-1, 1] are scaled to the bounds of the environment. An episode that is cut, by a time limit,
---horizon or the end of the budget, goes on with V(s_T) if V is learned, and else just ends.
+Not in the book: the entropy bonus, N episodes to a gradient step, Adam, a step size that falls to 0, and a gradient
+divided by the number of steps, which changes its length alone. G - b is divided by its root mean square, so c2 weighs
+the entropy against weights of size 1. There is no gamma^t before G_t, rewards and observations are normalised on some
+environments, gradients are clipped, layers start orthogonal, and actions in [-1, 1] are scaled to the bounds of the
+environment. An episode that is cut, by a time limit, --horizon or the end of the budget, goes on with V(s_T) if V is
+learned, and else just ends.
 
 Read to the end of train(); what follows the ruler is plumbing that the scripts share.
 """
@@ -63,20 +64,20 @@ class Args:
     learning_rate: float = 1e-2  # step size of the optimizer
     anneal_lr: bool = True  # let the step size fall linearly to 0
     gamma: float = 0.99  # discount
-    weight: Literal["reward-to-go", "return"] = "reward-to-go"  # G, of the rewards after the action or of all
+    weight: Literal["reward-to-go", "return"] = "reward-to-go"  # G, the return from here on or of the whole episode
     baseline: Literal["value", "mean", "none"] = "value"  # b: V(s), the mean of the other episodes, or 0
     vf_coef: float = 0.5  # c1, weight of the value loss
     ent_coef: float = 0.0  # c2, weight of the entropy bonus
     max_grad_norm: float = 0.5  # longer gradients are scaled down to this norm
     hidden_size: int = 64  # units in each hidden layer of the MLPs
     log_std_init: float = 0.0  # logarithm of the initial standard deviation (Box actions)
-    norm_obs: bool = False  # normalise vector observations by their running mean and deviation
-    norm_reward: bool = True  # divide rewards by the running deviation of the discounted return
+    norm_obs: bool = False  # normalise vector observations by their running mean and deviation, then clip to [-10, 10]
+    norm_reward: bool = True  # divide rewards by the running deviation of the discounted return, then clip to [-10, 10]
     clip_reward: bool = False  # learn from rewards clipped to [-1, 1]; the log has them whole
     compile: bool = False  # compile the gradient step: 10 s at the start, then 2 to 3 times as fast
 
     seed: int = 1  # of weights, actions, minibatches and environments
-    device: str = "auto"  # cpu, cuda, cuda:1, mps or auto: a GPU for images if there is one, else the CPU
+    device: str = "auto"  # cpu, cuda, cuda:1, mps or auto: a CUDA GPU for images if there is one, else the CPU
     torch_threads: int = 1  # CPU threads, 0 for one per core; small networks are fastest with 1
     env_kwargs: str = ""  # JSON for the environment, like '{"max_episode_steps": 200}'
     run_dir: str = ""  # where the results go; if empty, runs/<env>__<algo>__<seed>__<time>
@@ -214,7 +215,7 @@ def train(args: Args) -> dict:
         obs, _ = envs.reset()
         ended = np.zeros(N, bool)
         score = np.zeros(N)  # return so far of the running episodes
-        discounted = np.zeros(N)  # the same, discounted, of the rewards that are learned from
+        discounted = np.zeros(N)  # sum so far of the rewards that are learned from, older ones discounted
         rollout = []
         for _ in range(min(args.horizon, (args.total_timesteps - run.step) // N)):
             action = agent.act(obs)

@@ -19,7 +19,7 @@ g is the gradient of L and F the Fisher matrix. A is estimated by GAE(lambda) un
     python algos/trpo.py --env-id HalfCheetah-v5    # 5,600 after 1M steps
 
 Not in the paper: A comes from GAE (arXiv:1506.02438) and a critic, whose step size falls to 0; damping I is added to F,
-rewards, advantages and (on some environments) observations are normalised, layers start orthogonal, and actions in
+advantages and (on some environments) rewards and observations are normalised, layers start orthogonal, and actions in
 [-1, 1] are scaled to the bounds of the environment.
 
 Read to the end of train(); what follows the ruler is plumbing that the scripts share.
@@ -66,20 +66,20 @@ class Args:
     anneal_lr: bool = True  # let the step size fall linearly to 0
     gamma: float = 0.99  # discount
     gae_lambda: float = 0.95  # lambda of GAE, from 0 (one-step TD) to 1 (Monte Carlo)
-    target_kl: float = 0.01  # delta (d in PPO), KL(old || new) in each iteration: to aim at or, in TRPO, its bound
+    target_kl: float = 0.01  # delta (d in PPO), KL(old || new) per iteration: TRPO's bound, aim of TRPO-Penalty and PPO
     line_search_steps: int = 10  # lengths of the step to try, each 0.8 of the last, before the policy stays as it is
     cg_iterations: int = 10  # iterations of conjugate gradient, at most
     damping: float = 0.01  # added to the diagonal of the Fisher matrix
     fisher_stride: int = 1  # the Fisher matrix is estimated on every k-th transition of a batch
     hidden_size: int = 64  # units in each hidden layer of the MLPs
     log_std_init: float = 0.0  # logarithm of the initial standard deviation (Box actions)
-    norm_obs: bool = False  # normalise vector observations by their running mean and deviation
-    norm_reward: bool = True  # divide rewards by the running deviation of the discounted return
+    norm_obs: bool = False  # normalise vector observations by their running mean and deviation, then clip to [-10, 10]
+    norm_reward: bool = True  # divide rewards by the running deviation of the discounted return, then clip to [-10, 10]
     clip_reward: bool = False  # learn from rewards clipped to [-1, 1]; the log has them whole
     compile: bool = False  # compile the gradient step: 10 s at the start, then 2 to 3 times as fast
 
     seed: int = 1  # of weights, actions, minibatches and environments
-    device: str = "auto"  # cpu, cuda, cuda:1, mps or auto: a GPU for images if there is one, else the CPU
+    device: str = "auto"  # cpu, cuda, cuda:1, mps or auto: a CUDA GPU for images if there is one, else the CPU
     torch_threads: int = 1  # CPU threads, 0 for one per core; small networks are fastest with 1
     env_kwargs: str = ""  # JSON for the environment, like '{"max_episode_steps": 200}'
     run_dir: str = ""  # where the results go; if empty, runs/<env>__<algo>__<seed>__<time>
@@ -249,7 +249,7 @@ def trust_region_step(agent: Agent, batch: dict[str, Tensor], args: Args) -> dic
     direction = conjugate_gradient(fisher, gradient, args.cg_iterations)  # F^-1 g
     theta = parameters_to_vector(parameters).detach()
     curvature = direction @ fisher(direction)  # x^T F x
-    full_step = (2 * args.target_kl / curvature).sqrt() * direction  # KL = delta to second order, app. C
+    full_step = (2 * args.target_kl / curvature).sqrt() * direction  # KL <= delta to second order, app. C
 
     with torch.no_grad():
         for attempt in range(args.line_search_steps):
@@ -266,7 +266,7 @@ def trust_region_step(agent: Agent, batch: dict[str, Tensor], args: Args) -> dic
             kl = torch.zeros(())
             gain = torch.zeros(())
     step_fraction = torch.tensor(fraction)
-    return dict(entropy=old.entropy().mean(), approx_kl=kl, surrogate_gain=gain, step_fraction=step_fraction)
+    return dict(entropy=old.entropy().mean(), kl=kl, surrogate_gain=gain, step_fraction=step_fraction)
 
 
 def value_loss(agent: Agent, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -297,7 +297,7 @@ def train(args: Args) -> dict:
     obs, _ = envs.reset(seed=train_seed(args.seed, first_iteration * N))  # other episodes in a resumed run
     done = np.zeros(N, bool)
     score = np.zeros(N)  # return so far of the running episodes
-    discounted = np.zeros(N)  # the same, discounted, of the rewards that are learned from
+    discounted = np.zeros(N)  # sum so far of the rewards that are learned from, older ones discounted
 
     for iteration in range(first_iteration, num_iterations):
         remaining = 1 - iteration / num_iterations

@@ -16,9 +16,9 @@ A is estimated by GAE under the old policy, and R = A + V_old.
 
     python algos/trpo_penalty.py --env-id CartPole-v1    # 500 after 100,000 steps
 
-Not in the paper: the steps of lambda, for it fixes the weight or keeps to the constraint; Adam with a falling step
-size, minibatches, GAE (arXiv:1506.02438); rewards, advantages and (on some environments) observations are normalised,
-gradients are clipped, layers start orthogonal, and actions in [-1, 1] are scaled to the bounds of the environment.
+Not in the paper: the steps of lambda (it is fixed there), the entropy bonus, a critic with GAE (arXiv:1506.02438),
+minibatches and Adam; advantages and (on some environments) rewards and observations are normalised, gradients are
+clipped, layers start orthogonal, and actions in [-1, 1] are scaled to the bounds of the environment.
 
 Read to the end of train(); what follows the ruler is plumbing that the scripts share.
 """
@@ -64,7 +64,7 @@ class Args:
     anneal_lr: bool = True  # let the step size fall linearly to 0
     gamma: float = 0.99  # discount
     gae_lambda: float = 0.95  # lambda of GAE, from 0 (one-step TD) to 1 (Monte Carlo)
-    target_kl: float = 0.01  # delta (d in PPO), KL(old || new) in each iteration: to aim at or, in TRPO, its bound
+    target_kl: float = 0.01  # delta (d in PPO), KL(old || new) per iteration: TRPO's bound, aim of TRPO-Penalty and PPO
     multiplier: float = 1.0  # lambda at the start, the weight of the KL penalty
     multiplier_lr: float = 10.0  # alpha, how much of KL - delta is added to lambda after each iteration
     vf_coef: float = 0.5  # c1, weight of the value loss
@@ -72,13 +72,13 @@ class Args:
     max_grad_norm: float = 0.5  # longer gradients are scaled down to this norm
     hidden_size: int = 64  # units in each hidden layer of the MLPs
     log_std_init: float = 0.0  # logarithm of the initial standard deviation (Box actions)
-    norm_obs: bool = False  # normalise vector observations by their running mean and deviation
-    norm_reward: bool = True  # divide rewards by the running deviation of the discounted return
+    norm_obs: bool = False  # normalise vector observations by their running mean and deviation, then clip to [-10, 10]
+    norm_reward: bool = True  # divide rewards by the running deviation of the discounted return, then clip to [-10, 10]
     clip_reward: bool = False  # learn from rewards clipped to [-1, 1]; the log has them whole
     compile: bool = False  # compile the gradient step: 10 s at the start, then 2 to 3 times as fast
 
     seed: int = 1  # of weights, actions, minibatches and environments
-    device: str = "auto"  # cpu, cuda, cuda:1, mps or auto: a GPU for images if there is one, else the CPU
+    device: str = "auto"  # cpu, cuda, cuda:1, mps or auto: a CUDA GPU for images if there is one, else the CPU
     torch_threads: int = 1  # CPU threads, 0 for one per core; small networks are fastest with 1
     env_kwargs: str = ""  # JSON for the environment, like '{"max_episode_steps": 200}'
     run_dir: str = ""  # where the results go; if empty, runs/<env>__<algo>__<seed>__<time>
@@ -205,7 +205,7 @@ def train(args: Args) -> dict:
     mean_kl(policy, policy)  # PyTorch looks up the formula at the first call, which must not be a compiled one
     done = np.zeros(N, bool)
     score = np.zeros(N)  # return so far of the running episodes
-    discounted = np.zeros(N)  # the same, discounted, of the rewards that are learned from
+    discounted = np.zeros(N)  # sum so far of the rewards that are learned from, older ones discounted
 
     for iteration in range(first_iteration, num_iterations):
         remaining = 1 - iteration / num_iterations
@@ -262,7 +262,7 @@ def train(args: Args) -> dict:
             policy, _ = agent(batch["obs"])
             old_policy, _ = old_agent(batch["obs"])
             kl = mean_kl(old_policy, policy)
-        history.append(dict(approx_kl=kl, multiplier=agent.multiplier))
+        history.append(dict(kl=kl, multiplier=agent.multiplier))
         agent.multiplier = dual_step(agent.multiplier, kl, args.target_kl, args.multiplier_lr)
         if isinstance(agent.encoder, RunningNorm):
             agent.encoder.update(batch["obs"])  # only now: acting and learning must see the same policy

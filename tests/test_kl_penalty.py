@@ -321,7 +321,7 @@ def weights(module, log, args):
     found = []
     for line in log:
         found.append(weight)
-        divergence = line["approx_kl"]
+        divergence = line["kl"]
         if name_of(module) == "trpo_penalty":
             weight = max(0.0, weight + args.multiplier_lr * (divergence - args.target_kl))
         elif divergence < args.target_kl / 1.5:
@@ -345,7 +345,7 @@ def test_weight_follows_the_kl_of_the_whole_batch(module, tmp_path, env_id):
         acted = steps[0].agent
         with torch.no_grad():
             divergence = kl(acted, steps[-1].after, acted.encoder(obs)).mean().item()
-        assert line["approx_kl"] == pytest.approx(divergence, rel=1e-3, abs=1e-6)
+        assert line["kl"] == pytest.approx(divergence, rel=1e-3, abs=1e-6)
 
 
 MEASURED = "kl = mean_kl(old_policy, policy)"
@@ -362,8 +362,8 @@ POLICIES = """
      "kl = (log_ratio.exp() - 1 - log_ratio).mean()"),
     ("ppo_kl", POLICIES, POLICIES.replace("batch", "minibatch")),
     ("ppo_kl", POLICIES, f"\n            agent.encoder.update(batch['obs']){POLICIES}"),
-    ("ppo_kl", "history.append(dict(approx_kl=kl, beta=agent.beta))",
-     "history.append(dict(approx_kl=kl, beta=adapt_beta(agent.beta, kl, args.target_kl)))"),
+    ("ppo_kl", "history.append(dict(kl=kl, beta=agent.beta))",
+     "history.append(dict(kl=kl, beta=adapt_beta(agent.beta, kl, args.target_kl)))"),
     ("ppo_kl", "agent.beta = adapt_beta(agent.beta, kl, args.target_kl)", "pass"),
     ("trpo_penalty", MEASURED, MEASURED.replace("old_policy, policy", "policy, old_policy")),
     ("trpo_penalty", "dual_step(agent.multiplier, kl, args.target_kl, args.multiplier_lr)",
@@ -378,7 +378,7 @@ def test_weight_sees(request, name, old, new):
 def test_fixed_beta_never_moves(module, tmp_path):
     """A rule that is applied whatever --kl says: the KL leaves its band, and beta stays."""
     iterations, log, _ = watch(module, tmp_path, kl="fixed", beta=3.0, target_kl=0.002)
-    assert max(line["approx_kl"] for line in log) > 0.003
+    assert max(line["kl"] for line in log) > 0.003
     assert {line["beta"] for line in log} == {3.0}
     assert {step.after.beta.item() for steps in iterations for step in steps} == {3.0}
 

@@ -320,7 +320,7 @@ def check_metrics(old, new, batch, metrics):
     ratios = (log_prob(new, batch["obs"], batch["actions"]) - log_prob(old, batch["obs"], batch["actions"])).exp()
     gain = ((ratios - 1) * batch["advantages"]).mean().item()
     divergence = kl(old, new, batch["obs"]).mean().item()
-    assert metrics["approx_kl"].item() == pytest.approx(divergence, rel=1e-6)
+    assert metrics["kl"].item() == pytest.approx(divergence, rel=1e-6)
     assert metrics["surrogate_gain"].item() == pytest.approx(gain, rel=1e-6)
     assert metrics["entropy"].item() == pytest.approx(entropy(old, batch["obs"]).mean().item(), rel=1e-6)
     return divergence, gain
@@ -554,7 +554,7 @@ def test_rejected_steps_restore_the_weights(module, monkeypatch, space, reason):
     assert all(not torch.equal(attempt, start) for attempt in attempts[1:])
     for name, tensor in agent.state_dict().items():
         assert torch.equal(tensor, before[name]), name
-    for name in ("approx_kl", "surrogate_gain", "step_fraction"):
+    for name in ("kl", "surrogate_gain", "step_fraction"):
         assert metrics[name].item() == 0
     assert metrics["entropy"].isfinite()
 
@@ -737,7 +737,7 @@ def test_the_policy_moves_once_per_batch_and_first(module, monkeypatch, tmp_path
     given = dict(num_envs=3, num_steps=16, total_timesteps=192, update_epochs=2, num_minibatches=4, norm_obs=True)
     module.train(make_args(module, tmp_path, env_id="test/TaggedBox-v0", **given))
     assert events == (["policy"] + ["critic"] * 8) * 4
-    logged = [(line["approx_kl"], line["entropy"]) for line in lines(tmp_path)]
+    logged = [(line["kl"], line["entropy"]) for line in lines(tmp_path)]
     for found, expected in zip(logged, moves, strict=True):
         assert found == pytest.approx(expected, rel=1e-3, abs=1e-7)
     assert max(moves)[0] > 1e-3
@@ -748,7 +748,7 @@ STEP = "history = [natural_gradient_step(agent, batch, policy_step, args)]"
 
 @bugs(
     ("npg", STEP, f"{STEP}\n        history.append(natural_gradient_step(agent, batch, policy_step, args))"),
-    ("npg", "history.append(metrics)", "history.append(metrics | dict(approx_kl=torch.zeros(())))"),
+    ("npg", "history.append(metrics)", "history.append(metrics | dict(kl=torch.zeros(())))"),
 )
 def test_more_than_a_step_is_seen(request, name, old, new):
     fails_with_a_bug(request, test_the_policy_moves_once_per_batch_and_first, name, old, new)
