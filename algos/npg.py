@@ -608,7 +608,7 @@ def pick_device(name: str, obs_space: Space) -> torch.device:
 
 
 def env_seed(seed: int, offset: int = 0) -> int:
-    """Each run has a million seeds; environment i of a vector takes the i-th after this one, so no two share any."""
+    """Each run has a million seeds; environment i of a vector takes the i-th after this. Runs 0 to 2146 share none."""
     return (1_000_000 * seed + offset) % (2**31 - 1)  # ALE takes no larger one
 
 
@@ -777,7 +777,6 @@ class Run:
             self.wandb.log(line, step=step)
         self.last_returns = (self.last_returns + episodes)[-100:]
         self.episode_returns = []
-        self.show_progress(step)
         checkpoint_due = step // self.args.checkpoint_every > self.step // self.args.checkpoint_every
         stopping = Run.stop_signal != 0  # asked once: a signal that comes now waits for the next line
         self.step = step
@@ -786,6 +785,7 @@ class Run:
         if stopping:
             self.bar.close()
             raise KeyboardInterrupt
+        self.show_progress(step)
 
     def show_progress(self, step: int) -> None:
         """Move the bar or, where there is no terminal, print a line every ten seconds."""
@@ -829,6 +829,8 @@ class Run:
                     raise TypeError(f"{name} is {saved[name]}")
             states = {name: saved[name] for name in self.parts}
             before = saved["args"]
+        except PermissionError as error:
+            raise Refusal(f"{path} cannot be read: {error}") from error
         except Exception as error:  # what is raised depends on where the file is damaged
             raise Refusal(f"{path} is damaged; start the run anew in another --run-dir") from error
 
@@ -991,6 +993,8 @@ def read_config(folder: Path) -> dict:
     except KeyError as error:
         told = f"{path} is damaged or another script's, for it has no {error}"
         raise Refusal(f"{told}; start the run anew in another --run-dir") from error
+    except PermissionError as error:
+        raise Refusal(f"{path} cannot be read: {error}") from error
     except (OSError, ValueError, TypeError) as error:
         raise Refusal(f"{path} is damaged; start the run anew in another --run-dir") from error
     return arguments
@@ -1003,7 +1007,10 @@ def main() -> None:
         if Run.stop_signal:
             raise KeyboardInterrupt
         Run.stop_signal = number
-        os.write(2, b"\nsaving and stopping at the next line of the log; once more to stop at once\n")
+        try:
+            os.write(2, b"\nsaving and stopping at the next line of the log; once more to stop at once\n")
+        except OSError:
+            return  # what reads the output, such as tee, has been stopped, too
 
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)

@@ -130,15 +130,14 @@ def words(cell: Cell) -> list[str]:
 
 
 def requirements(algos: Path) -> bytes:
-    """The requirements.txt beside the folder of the scripts, if there is one."""
-    path = algos.parent / "requirements.txt"
-    return path.read_bytes() if path.exists() else b""
+    """The text of every requirements*.txt beside the folder of the scripts."""
+    return b"\n".join(path.read_bytes() for path in sorted(algos.parent.glob("requirements*.txt")))
 
 
 def pins(text: bytes, lines: bytes) -> list[bytes]:
-    """The lines of a requirements.txt, less their comments, on packages that a script names."""
+    """The lines of a requirements*.txt, less their comments, on packages that a script names."""
     lines = [line.split(b"#")[0].strip() for line in lines.splitlines()]
-    return [line for line in lines if line and re.match(rb"[\w-]*", line)[0] in text]
+    return [line for line in lines if line and re.search(rb"\b%b\b" % re.match(rb"[\w-]*", line)[0], text)]
 
 
 def freeze(cell: Cell, text: bytes, algos: Path, out: Path) -> Cell:
@@ -168,7 +167,7 @@ def changed_since(base: str, cells: list[Cell], run: Run, out: Path, algos: Path
     """Whether the script of each cell, run for NEUTRAL_STEPS steps, ends differently from that of revision `base`.
 
     Equal texts need no run, and with other packages than at `base`, or if it refuses so few steps, a script counts as
-    changed. What only longer runs do, such as compiling the gradient step, is not compared.
+    changed. What only longer runs do, such as saving a checkpoint on the way, is not compared.
     """
 
     def git(*words: str) -> bytes | None:
@@ -177,7 +176,8 @@ def changed_since(base: str, cells: list[Cell], run: Run, out: Path, algos: Path
 
     if git("rev-parse", "--verify", f"{base}^{{commit}}") is None:
         raise Refusal(f"{base} is no revision of a repository that holds {algos}")
-    packages_then = git("show", f"{base}:../requirements.txt") or b""
+    files = re.findall(r"\.\./requirements.*\.txt", git("ls-tree", "--name-only", base, "../").decode())
+    packages_then = b"\n".join(git("show", f"{base}:{name}") for name in files)
     packages_now = requirements(algos)
     changed = {}
     pairs = {}
@@ -189,7 +189,7 @@ def changed_since(base: str, cells: list[Cell], run: Run, out: Path, algos: Path
         if same and old not in (None, new):
             short = cell._replace(seed=1, steps=min(cell.steps, NEUTRAL_STEPS))
             pairs[cell] = [freeze(short, text, algos, out) for text in (old, new)]
-    failed = set(run([side for pair in pairs.values() for side in pair]))
+    failed = set(run(list({side: None for pair in pairs.values() for side in pair})))
     for cell, pair in pairs.items():
         changed[cell] = bool(failed & set(pair)) or outcome(out / pair[0].name) != outcome(out / pair[1].name)
     return [changed[cell] for cell in cells]

@@ -60,7 +60,7 @@ def train(cell: Cell, script: str | None, board: Any) -> tuple[int, str, dict[st
 
 
 class Ray:
-    """Launches cells as tasks that a lost node only repeats; has the methods of `Local`.
+    """Launches cells as tasks, which Ray repeats elsewhere if their node is lost; has the methods of `Local`.
 
     A run directory comes back when its cell has ended, without its checkpoint: these hold replay buffers of gigabytes.
     For the same reason a cell that was half done here starts afresh.

@@ -5,6 +5,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
+from scipy.stats import trim_mean
 
 from benchmark import report, scaling, speed
 from benchmark.pictures import IMITATION, LANGUAGE, MUJOCO, curve_file
@@ -98,8 +99,8 @@ The demonstrator is the heuristic that comes with the environment, and demonstra
 that are learned from. A clone is taught by these alone; DAgger sees one, and then has the demonstrator label its own.
 """, IMITATION),
     "language": ("Language models", """\
-Interquartile means over seeds of numbers in result.json, each a mean over the responses of the final evaluation. score
-is the true reward after training, for grpo the share of problems solved; eval_before is the same before training,
+Interquartile means over seeds of numbers in result.json; score and what begins with eval_ are means over responses.
+score is the true reward after training, for grpo the share of problems solved; eval_before is the same before training,
 eval_best_of_16 that of the response which the reward model likes best of 16 of the reference. After training,
 eval_proxy is what the reward model gives, eval_kl the KL to the reference per response in nats, and eval_ended and
 eval_distinct are the shares of texts that end and that are different. sft_loss is the reference's loss at the end of
@@ -117,7 +118,11 @@ def published(reference: dict[str, str]) -> str:
 
 def number(value: float) -> str:
     """A score with one digit after the decimal point, or two or three if it is small."""
-    return f"{value:.1f}" if abs(value) >= 10 else f"{value:.2f}" if abs(value) >= 0.1 else f"{value:.3f}"
+    if abs(value) >= 10:
+        return f"{value:.1f}"
+    if abs(value) >= 0.1:
+        return f"{value:.2f}"
+    return f"{value:.3f}"
 
 
 def table_row(line: dict) -> list[str]:
@@ -182,7 +187,7 @@ def measures_section(suite: str, baselines: Path) -> str:
         cells = [row[0], str(len(runs))]
         for name in ["eval_mean", *names]:
             values = [run["numbers"].get(name) if name in names else run[name] for run in runs]
-            cells.append("" if None in values else number(iqm_interval(np.array([values]).T)[0]))
+            cells.append("" if None in values else number(trim_mean(values, 0.25)))
         rows.append(cells)
     if not kept:
         return ""
@@ -360,7 +365,8 @@ def least_ratios(baselines: Path) -> dict[str, str]:
 def readme_part(baselines: Path, references: dict[Row, dict[str, str]]) -> str:
     """What stands in the README between the marks: one row for each script, and one picture.
 
-    The suites go from easy to hard, so the last scores tell most; those with a published one come before the others.
+    The suites go from easy to hard, so the last scores tell most. If a script has scores with a published one beside
+    them, only these are shown.
     """
     kept = read_baselines(baselines, *report.TABULATED)
     scores: dict[str, dict[str, dict]] = defaultdict(dict)

@@ -136,10 +136,11 @@ def measure(path: Path, seeds: Sequence[int]) -> dict:
 def expected(found: dict, processes: int) -> float:
     """Steps per second of ddppo by computation: a process's own time, and the sums, which grow with the logarithm.
 
-    In an iteration a process takes num_envs * num_steps = 512 steps and adds up the gradients of 16 minibatches.
+    In an iteration a process takes num_envs * num_steps = 512 steps and sends 25 messages: the gradients of 16
+    minibatches, and 9 that are smaller and take as long, for of 10,000 numbers most time is spent in waiting.
     """
     own = 512 / median(run["sps"] for run in found["settings"]["ddppo 1 x 4"])
-    sums = 16 * found["all_reduce"]["10000"] * (processes - 1).bit_length()
+    sums = 25 * found["all_reduce"]["10000"] * (processes - 1).bit_length()
     return processes * 512 / (own + sums)
 
 
@@ -166,8 +167,8 @@ return of the last 100 training episodes is 475.
 {aligned(rows)}
 
 The sum of 10,000 numbers over two processes takes {small} microseconds, that of a million {large}. A computation from
-this, not a measurement: if each process of ddppo has a core and the sums take longer with the logarithm of their
-number, weak scaling gives {computed} processes, in steps per second.
+this, not a measurement: if each process of ddppo has a core and the sums take longer with the logarithm of the
+number of processes, weak scaling gives {computed} processes, in steps per second.
 """
 
 

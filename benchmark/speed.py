@@ -66,6 +66,7 @@ def timed(words: list[str], **variables: str) -> dict:
             _, status, usage = os.wait4(process.pid, 0)  # unlike wait(), tells what this one child used
         except BaseException:
             process.kill()
+            process.wait()  # else it may still write to a folder that is removed next
             raise
         seconds = time.perf_counter() - start
         process.returncode = os.waitstatus_to_exitcode(status)
@@ -117,10 +118,11 @@ def make_peer(peer: str) -> str:
     folder = FOLDER / "peers" / peer
     python = str(folder / "bin" / "python")
     if not (folder / "ready").exists():
-        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
         names = ("torch", "numpy", "gymnasium[mujoco]", "mujoco")
         pins = [f"{name}=={importlib.metadata.version(name.split('[')[0]).partition('+')[0]}" for name in names]
-        if subprocess.run([python, "-m", "pip", "install", "--quiet", *pins, *PEERS[peer]]).returncode:
+        make = [sys.executable, "-m", "venv", str(folder)]
+        install = [python, "-m", "pip", "install", "--quiet", *pins, *PEERS[peer]]
+        if any(subprocess.run(command).returncode for command in (make, install)):
             raise Refusal(f"{peer} could not be installed: --peer-python {peer}=PYTHON takes one that has it")
         (folder / "ready").touch()
     return python

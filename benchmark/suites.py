@@ -4,9 +4,9 @@
 FIRST_MILLION = "--learning-rate 1e-3 --clip-coef 0.2 --no-anneal-clip --update-epochs 4"
 
 # name: rows of (algorithms, environment, steps, seeds, flags beside the defaults, such as "--num-envs 8").
-# `ci` is small enough for every commit. Its budgets differ from those of the other suites because a bar belongs to an
-# algorithm, an environment and a budget. The seeds of `unsteady` rows lie so far apart that a few fresh ones cannot
-# show that a fifth is lost: `check` has little power there.
+# `ci` is small enough for every commit. Where it trains less than another suite, it has a bar of its own. The seeds of
+# `unsteady` rows lie so far apart that a few fresh ones cannot show the loss of a fifth: `check` has little power
+# there.
 SUITES = {
     "ci": [
         ("ppo_clip", "CartPole-v1", 50_000, "1-10", ""),

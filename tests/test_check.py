@@ -353,6 +353,11 @@ def test_what_cannot_be_shown_to_be_neutral_is_compared(bench, repository, tmp_p
         (tmp_path / "repo" / "requirements.txt").write_text(pins)
         bench("--neutral", "HEAD")
         assert found(capsys.readouterr().out) == [said] * 2, "other packages may do otherwise, if the script has them"
+    (tmp_path / "repo" / "requirements.txt").write_text("shutil==1\n")
+    for pins, said in [("til==1", "unchanged"), ("sys==1", "changed")]:  # "til" is only a part of a word of the script
+        (tmp_path / "repo" / "requirements-more.txt").write_text(pins)
+        bench("--neutral", "HEAD")
+        assert found(capsys.readouterr().out) == [said] * 2, "packages of another file count, too"
 
 
 def test_simulation_tells_its_rates_and_trains_nothing(bench, tmp_path, monkeypatch, capsys):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import envs
@@ -177,6 +178,14 @@ SEED = "(first_iteration * W + rank) * N"
 )
 def test_seeds_see(request, name, old, new):
     fails_with_a_bug(request, test_seeds_are_apart, name, old, new)
+
+
+@ours
+def test_its_defaults_are_those_of_ppo_clip(module):
+    """Without torchrun it is ppo_clip.py, in every environment."""
+    assert ppo_clip.FAMILIES == module.FAMILIES
+    theirs = {field.name: field.default for field in fields(ppo_clip.Args)}
+    assert {field.name: field.default for field in fields(module.Args)} == theirs | dict(timeout=module.Args.timeout)
 
 
 @ours

@@ -1,5 +1,6 @@
 """Faults from outside: errors of the user's, full disks, kills, signals, damaged files, two processes on one run."""
 
+import contextlib
 import errno
 import functools
 import inspect
@@ -467,6 +468,28 @@ def test_the_first_signal_saves_and_stops(module, number, tmp_path, monkeypatch)
     assert steps(folder) == list(range(32, 257, 32))
 
 
+@each_back
+def test_a_signal_saves_though_nobody_reads(module, tmp_path):
+    """With `2>&1 | tee log`, Ctrl-C ends tee as well, and what is written then breaks the pipe."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    settings = dict(run_dir="run", log_every=32, total_timesteps=10**6, **signalling(module, pause=0.001))
+    process = start(module, tmp_path, *line(module, **settings), path=[Path(__file__).parent], terminal=str(pipe))
+    seen = []
+
+    def shows_progress() -> bool:
+        with contextlib.suppress(BlockingIOError):
+            seen.append(os.read(reader, 10_000))
+        return b" steps/s" in b"".join(seen)
+
+    wait_for(shows_progress, process)  # the next line comes ten seconds later
+    os.close(reader)
+    os.kill(process.pid, signal.SIGINT)
+    process.wait()
+    assert checkpoint(tmp_path / "run")["step"] == metrics(tmp_path / "run")[-1]["global_step"] > 0
+
+
 @pytest.mark.parametrize(
     ("every", "promise"), [(1000, "nothing was saved"), (32, "--resume run continues from step 32")]
 )
@@ -552,6 +575,22 @@ def check_that_it_is_refused(module, folder: Path, file: str) -> None:
     assert "\n" not in str(error.value)
     assert tree(folder) == before
     del error  # with its traceback goes the lock
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "file"), [(torch, "load", "checkpoint.pt"), (Path, "read_text", "config.json")]
+)
+@each_back
+def test_a_file_that_may_not_be_read(module, owner, name, file, tmp_path, monkeypatch):
+    """A run of another user is no damaged one, to be given up."""
+    folder = finished_run(module, tmp_path / "run")
+
+    def refuse(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(owner, name, refuse)
+    with pytest.raises(module.Refusal, match=rf"{folder / file} cannot be read: .*Permission denied"):
+        resume(module, folder)
 
 
 @pytest.mark.parametrize("damage", ["missing", "null", "wrong"])
@@ -661,6 +700,10 @@ def test_a_run_without_a_config(module, tmp_path):
         (
             test_the_first_signal_saves_and_stops, dict(number=signal.SIGTERM),
             "ppo_clip", "sys.exit(128 + Run.stop_signal)", "sys.exit(130)",
+        ),
+        (
+            test_a_signal_saves_though_nobody_reads, {},
+            "td3", "        except OSError:\n            return", "        except ValueError:\n            return",
         ),
         (
             test_the_second_signal_stops_at_once, dict(every=32, promise="--resume run continues from step 32"),

@@ -55,8 +55,8 @@ def test_the_text_by_hand():
     assert ["a3c", "weak", "2", "8", "200", "1 of 2 runs"] in rows
     assert "takes 62500 microseconds, that of a million 500000" in text
     assert scaling.expected(found, 1) == 512  # an iteration of a second
-    assert scaling.expected(found, 4) == pytest.approx(4 * 512 / (1 + 16 * 0.0625 * 2))
-    assert "683 with 4, 1,638 with 16" in text
+    assert scaling.expected(found, 4) == pytest.approx(4 * 512 / (1 + 25 * 0.0625 * 2))
+    assert "496 with 4, 1,130 with 16" in text
 
 
 def test_runs_of_another_text_do_not_count(tmp_path, monkeypatch):
