@@ -12,16 +12,17 @@ needs no added noise, no smoothed targets and no delay.
     y = r + gamma (min_j Q'_j(s', a') - alpha log pi(a'|s'))    with  a' ~ pi(.|s')
     Q_1, Q_2 minimise  E[(y - Q_i(s, a))^2],    pi maximises  E[min_j Q_j(s, a) - alpha log pi(a|s)]  over  a ~ pi(.|s)
 
-pi is the tanh of a Gaussian. alpha moves to where the entropy of pi is -dim(A). Q'_1 and Q'_2 follow Q_1 and Q_2
-slowly.
+pi is the tanh of a Gaussian. alpha moves to where the entropy of pi is -dim(A) or, with --no-learn-alpha, stays as in
+the first paper, arXiv:1801.01290. Q'_1 and Q'_2 follow Q_1 and Q_2 slowly.
 
     python algos/sac.py --env-id Pendulum-v1                                # -141 after 20,000 steps
     python algos/sac.py --env-id HalfCheetah-v5 --total-timesteps 100000    # 6,700
 
 As in the authors' code, pi is a density on [-1, 1]; its actions are then scaled to the bounds of the environment, and
-without bounds there is nothing to scale to. Not in the paper: alpha is learned through its logarithm, step sizes are
-larger (3e-4 there), on some environments gamma is 0.98, and batches and buffer are smaller, and the first
-learning_starts actions are uniform. All periods count single steps, so that several environments learn as often as one.
+without bounds there is nothing to scale to. Not in the paper: alpha is learned through its logarithm or, on Hopper and
+Walker2d, fixed; step sizes are larger (3e-4 there), on some environments gamma is 0.98 and batches and buffer are
+smaller, and the first learning_starts actions are uniform. All periods count single steps, so that several environments
+learn as often as one.
 
 Read to the end of train(); what follows the ruler is plumbing that the scripts share.
 """
@@ -67,6 +68,8 @@ class Args:
     learning_rate: float = 1e-3  # step size of the optimizer
     gamma: float = 0.98  # discount
     tau: float = 0.005  # share by which the targets approach the networks at each of their updates
+    alpha: float = 1.0  # temperature, the weight of the entropy; where it is learned, at the start
+    learn_alpha: bool = True  # move alpha to where the entropy of the policy is -dim(A)
     hidden_size: int = 256  # units in each hidden layer of the MLPs
     save_buffer: bool = False  # keep the replay buffer in checkpoints; else a resumed run has to fill a new one
     compile: bool = False  # compile the gradient step: 10 s at the start, then 2 to 3 times as fast
@@ -86,7 +89,7 @@ class Args:
     resume: str = ""  # run directory to continue; a finished run is only evaluated again
 
     def __post_init__(self) -> None:
-        check_ranges(self, minimum=dict(seed=0, torch_threads=0), maximum=dict(gamma=1, tau=1))
+        check_ranges(self, minimum=dict(seed=0, torch_threads=0, alpha=1e-6), maximum=dict(gamma=1, tau=1))
         if self.learning_starts + self.num_envs > self.total_timesteps:
             raise Refusal(f"learning_starts = {self.learning_starts} leaves nothing of total_timesteps")
         if self.buffer_size < 2 * self.num_envs:  # one step of each may be a reset, which nothing is learned from
@@ -126,7 +129,7 @@ class Agent(nn.Module):
         self.actor = Actor(obs_space, num_actions, args)
         self.critic1 = Critic(obs_space, num_actions, args)
         self.critic2 = Critic(obs_space, num_actions, args)
-        self.log_alpha = nn.Parameter(torch.zeros(()))  # its logarithm, so that steps keep alpha positive
+        self.log_alpha = nn.Parameter(torch.tensor(args.alpha).log())  # so steps keep alpha positive
 
     def sample(self, obs: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Actions tanh(u) (B, D) with u = mean + std * noise and log pi (B,) (app. C), in a form stable for any u."""
@@ -254,11 +257,14 @@ def train(args: Args) -> dict:
             descend(critic_optimizer, gradients)
             gradients, actor_metrics = actor_gradients(agent, batch)
             descend(actor_optimizer, gradients)
-            gradients, alpha_metrics = temperature_gradients(agent, actor_metrics["entropy"], -D)
-            descend(temperature_optimizer, gradients)
+            metrics |= actor_metrics
+            if args.learn_alpha:
+                gradients, alpha_metrics = temperature_gradients(agent, metrics["entropy"], -D)
+                descend(temperature_optimizer, gradients)
+                metrics |= alpha_metrics
             polyak_update(target.critic1, agent.critic1, args.tau)
             polyak_update(target.critic2, agent.critic2, args.tau)
-            history.append(metrics | actor_metrics | alpha_metrics)
+            history.append(metrics)
 
         run.bar.update(N)
         if step % log_every < N or step + N > args.total_timesteps:
@@ -275,9 +281,13 @@ FAMILIES = {
     "LunarLanderContinuous BipedalWalker BipedalWalkerHardcore": dict(
         total_timesteps=300_000, learning_starts=10_000, batch_size=256, compile=True, eval_episodes=20,
     ),
-    "HalfCheetah Hopper Walker2d Ant Humanoid Swimmer": dict(
+    "HalfCheetah": dict(
         total_timesteps=1_000_000, buffer_size=1_000_000, learning_starts=10_000, batch_size=256, gamma=0.99,
         compile=True, eval_episodes=20,
+    ),
+    "Hopper Walker2d Ant Humanoid Swimmer": dict(
+        total_timesteps=1_000_000, buffer_size=1_000_000, learning_starts=10_000, batch_size=256, gamma=0.99,
+        alpha=0.2, learn_alpha=False, compile=True, eval_episodes=20,
     ),
     "Reacher Pusher InvertedPendulum InvertedDoublePendulum": dict(
         total_timesteps=100_000, batch_size=256, gamma=0.99, compile=True, eval_episodes=20,

@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from off_policy import GRID, answer_always, bugs, make_agents, make_batch
-from runs import each, fails_with_a_bug
+from off_policy import GRID, answer_always, bugs, learn, lines, make_agents, make_batch
+from runs import checkpoint, each, fails_with_a_bug
 
 from algos import sac
 
@@ -80,7 +80,9 @@ def test_sample_sees(request, name, old, new):
 
 @each([sac])
 def test_start_and_bounds(module):
-    """A first temperature other than 1, or deviations that leave [exp(-20), exp(2)]."""
+    """A first temperature other than --alpha, or deviations that leave [exp(-20), exp(2)]."""
+    agent = module.Agent(GRID, 2, module.Args(alpha=0.2))
+    assert agent.log_alpha.exp().item() == pytest.approx(0.2)
     agent = module.Agent(GRID, 2, module.Args())
     assert agent.log_alpha == 0
     with torch.no_grad():
@@ -121,3 +123,18 @@ def test_temperature_moves_toward_the_target_entropy(module, log_std):
 )
 def test_temperature_sees(request, name, old, new):
     fails_with_a_bug(request, test_temperature_moves_toward_the_target_entropy, name, old, new, log_std=-2.1)
+
+
+@each([sac])
+@pytest.mark.parametrize("learned", [True, False])
+def test_the_temperature_is_learned_or_fixed(module, tmp_path, learned):
+    """Without --learn-alpha it stays what --alpha says, to the bit, and is no news for the log."""
+    learn(module, tmp_path, alpha=0.2, learn_alpha=learned)
+    start = torch.tensor(0.2).log()
+    assert (checkpoint(tmp_path / "run")["agent"]["log_alpha"] != start) == learned
+    assert all(("alpha" in line) == learned for line in lines(tmp_path))
+
+
+@bugs(("sac", "if args.learn_alpha:", "if True:"), ("sac", "if args.learn_alpha:", "if not args.learn_alpha:"))
+def test_the_fixed_temperature_sees(request, name, old, new):
+    fails_with_a_bug(request, test_the_temperature_is_learned_or_fixed, name, old, new, learned=False)
