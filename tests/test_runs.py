@@ -1130,7 +1130,7 @@ def test_tracking_offline(module, tmp_path):
         (test_steps_per_second, "ppo_clip", "run.log((iteration + 1) * N * T", "run.log((iteration + 1) * T"),
         (test_a_plain_line_every_ten_seconds, "ppo_clip", "time.time() > self.next_line", "step"),
         (test_the_bar_moves_with_each_step, "td3", "        run.bar.update(N)\n", ""),
-        (test_the_bar_moves_with_each_step, "td3", "update(step - self.bar.n)", "update(step - self.step)"),
+        (test_the_bar_moves_with_each_step, "td3", "update(step - self.bar.n)", "update(step)"),
         (test_random_numbers_of_a_resumed_run, "ppo_clip", "env_seed(self.args.seed, self.step)", "self.args.seed"),
         (test_compile_is_a_flag, "td3", "if args.compile and", "if"),
         (test_a_broken_run_goes_on_from_its_checkpoint, "ppo_clip", "self.log_size, self.file", "10**9, self.file"),
