@@ -18,10 +18,10 @@ Q'_1, Q'_2 and mu' follow Q_1, Q_2 and mu slowly.
     python algos/td3.py --env-id HalfCheetah-v5 --total-timesteps 100000    # 5,700
 
 As in the paper, the first learning_starts actions are uniform. Not in the paper: mu', a running average of mu, is what
-is evaluated; layers and batches have other sizes, on some environments gamma is 0.98 and the buffer smaller, and on
-HalfCheetah tau and the exploration noise are twice as large. All periods count single steps, so that several
-environments learn as often as one. Noise is added to actions in [-1, 1], which are scaled to the bounds of the
-environment; without bounds there is nothing to scale to.
+is evaluated; layers and batches have other sizes, on some environments gamma is 0.98 and the buffer smaller, on Hopper,
+Walker2d and their like the step size is 3e-4, and on HalfCheetah tau and the exploration noise are twice as large. All
+periods count single steps, so that several environments learn as often as one. Noise is added to actions in [-1, 1],
+which are scaled to the bounds of the environment; without bounds there is nothing to scale to.
 
 Read to the end of train(); what follows the ruler is plumbing that the scripts share.
 """
@@ -263,8 +263,8 @@ FAMILIES = {
         exploration_noise=0.2, compile=True, eval_episodes=20,
     ),
     "Hopper Walker2d Ant Humanoid Swimmer": dict(
-        total_timesteps=1_000_000, buffer_size=1_000_000, learning_starts=10_000, batch_size=256, gamma=0.99,
-        compile=True, eval_episodes=20,
+        total_timesteps=1_000_000, buffer_size=1_000_000, learning_starts=10_000, batch_size=256, learning_rate=3e-4,
+        gamma=0.99, compile=True, eval_episodes=20,
     ),
     "Reacher Pusher InvertedPendulum InvertedDoublePendulum": dict(
         total_timesteps=100_000, batch_size=256, gamma=0.99, compile=True, eval_episodes=20,
