@@ -24,7 +24,7 @@ README_NOTE = """\
 Score: interquartile mean over seeds, in brackets the best published one, whatever its protocol, of several seeds if
 there is one. Speed: steps per second over those of the fastest peer that was measured, of stable-baselines3,
 sb3-contrib and SBX (JAX), on the environment where we gain least. The nearest algorithm stands in where no peer has the
-same one. All scores with their intervals, sources and curves are in [benchmark/RESULTS.md](benchmark/RESULTS.md).
+same one. Every script's scores, with intervals, sources and curves: [benchmark/RESULTS.md](benchmark/RESULTS.md).
 """
 ABOUT = """\
 # Results
@@ -345,9 +345,8 @@ def short_score(line: dict) -> str:
     """A line from `summarise` in a few words, such as HalfCheetah 100k: 5,030 (4,339)."""
     _, env_id, steps = line["row"]
     name = re.sub(r"-v\d+$", "", env_id)
-    best = line["reference"]["best_published"]
-    brackets = f" ({short_number(float(best))})" if best else ""
-    return f"{name} {short_steps(steps)}: {short_number(line['iqm'])}{brackets}"
+    best = float(line["reference"]["best_published"])
+    return f"{name} {short_steps(steps)}: {short_number(line['iqm'])} ({short_number(best)})"
 
 
 def least_ratios(baselines: Path) -> dict[str, str]:
@@ -364,21 +363,20 @@ def least_ratios(baselines: Path) -> dict[str, str]:
 
 
 def readme_part(baselines: Path, references: dict[Row, dict[str, str]]) -> str:
-    """What stands in the README between the marks: one row for each script, and one picture.
+    """What stands in the README between the marks: the scripts with a published score beside theirs, and one picture.
 
-    The suites go from easy to hard, so the last scores tell most. If a script has scores with a published one beside
-    them, only these are shown.
+    The suites go from easy to hard, so the last scores tell most.
     """
     kept = read_baselines(baselines, *report.TABULATED)
     scores: dict[str, dict[str, dict]] = defaultdict(dict)
     for (algo, env_id, _), line in report.results(kept, references).items():
-        if " " not in algo:  # flags of its own say nothing about the script's defaults
+        if " " not in algo and line["reference"]["best_published"]:  # the script with its defaults
             scores[algo][env_id] = line
     ratios = least_ratios(baselines)
     rows = []
     for algo, by_env in scores.items():
-        lines = [line for line in by_env.values() if line["reference"]["best_published"]] or list(by_env.values())
-        rows.append([algo, ", ".join(map(short_score, lines[-README_SCORES:])), ratios.get(algo, "")])
+        lines = list(by_env.values())[-README_SCORES:]
+        rows.append([algo, ", ".join(map(short_score, lines)), ratios.get(algo, "")])
     table = "\n".join("| " + " | ".join(row) + " |" for row in [README_HEAD, ["---"] * len(README_HEAD), *rows])
     text = f"{table}\n\n{README_NOTE}"
     if any(row[1:] == README_CURVES for row in kept):
