@@ -495,7 +495,7 @@ def test_the_table_of_the_readme_by_hand(tmp_path, monkeypatch):
             "many",
             "Env1 100k: -1,233 (100.0), Env2 1M: -1,232 (100.0), Env4 100M: -1,230 (100.0)",
             "1.25 x sbx.X, one run",
-        ],
+        ]
     ]
     assert lines[-1].startswith('<img src="benchmark/baselines/curves/Env3-v3__10000000.svg"')
 
