@@ -296,7 +296,7 @@ FAMILIES = {
         total_timesteps=1_000_000, num_envs=16, gamma=0.995, ent_coef=1e-5,
     ),
     "HalfCheetah Hopper Walker2d Ant Humanoid Swimmer Reacher Pusher InvertedPendulum InvertedDoublePendulum": dict(
-        total_timesteps=1_000_000, num_envs=16, num_steps=64, log_std_init=-0.7, norm_obs=True,
+        total_timesteps=1_000_000, num_envs=16, num_steps=64, ent_coef=0.01, log_std_init=-0.7, norm_obs=True,
     ),
     "MinAtar/": dict(total_timesteps=1_000_000, num_envs=64, ent_coef=0.01, norm_reward=False),
     "ALE/": dict(
