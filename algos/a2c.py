@@ -247,7 +247,9 @@ def train(args: Args) -> dict:
 # Defaults in place of those of Args: of the first family that names the environment, or else of its kind of spaces.
 FAMILIES = {
     "Pendulum": dict(gamma=0.9, eval_episodes=100),
-    "Acrobot MountainCar": dict(total_timesteps=300_000, num_envs=16, norm_obs=True, eval_episodes=100),
+    "Acrobot MountainCar": dict(
+        total_timesteps=300_000, num_envs=16, learning_rate=5e-3, norm_obs=True, eval_episodes=100,
+    ),
     "LunarLander LunarLanderContinuous BipedalWalker BipedalWalkerHardcore": dict(
         total_timesteps=1_000_000, num_envs=16, gamma=0.995, ent_coef=1e-5,
     ),

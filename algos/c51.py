@@ -261,8 +261,8 @@ FAMILIES = {
         hidden_size=256, eval_episodes=100,
     ),
     "LunarLander": dict(
-        total_timesteps=300_000, train_frequency=1, target_network_frequency=250, learning_rate=6.3e-4, v_min=-300.0,
-        v_max=300.0, end_e=0.1, exploration_fraction=0.12, hidden_size=256, compile=True,
+        total_timesteps=300_000, target_network_frequency=250, learning_rate=6.3e-4, v_min=-300.0, v_max=300.0,
+        end_e=0.01, exploration_fraction=0.12, hidden_size=256, compile=True,
     ),
     "MinAtar/": dict(
         total_timesteps=1_000_000, num_envs=8, buffer_size=100_000, learning_starts=5000, batch_size=32,

@@ -225,7 +225,7 @@ FAMILIES = {
         hidden_size=256, eval_episodes=100,
     ),
     "LunarLander": dict(
-        total_timesteps=300_000, train_frequency=1, target_network_frequency=250, learning_rate=6.3e-4, end_e=0.1,
+        total_timesteps=300_000, target_network_frequency=250, learning_rate=6.3e-4, end_e=0.01,
         exploration_fraction=0.12, hidden_size=256, compile=True,
     ),
     "MinAtar/": dict(

@@ -283,8 +283,7 @@ FAMILIES = {
         target_network_frequency=300, learning_rate=4e-3, gamma=0.98, hidden_size=256, eval_episodes=100,
     ),
     "LunarLander": dict(
-        total_timesteps=300_000, train_frequency=1, target_network_frequency=250, learning_rate=6.3e-4,
-        hidden_size=256, compile=True,
+        total_timesteps=300_000, target_network_frequency=250, learning_rate=6.3e-4, hidden_size=256, compile=True,
     ),
     "MinAtar/": dict(
         total_timesteps=1_000_000, num_envs=8, buffer_size=100_000, learning_starts=5000, batch_size=32,
