@@ -15,7 +15,7 @@ over transitions drawn uniformly from a replay buffer. The policy is epsilon-gre
 is renewed now and then.
 
     python algos/double_dqn.py --env-id CartPole-v1       # 500 after 50,000 steps
-    python algos/double_dqn.py --env-id LunarLander-v3    # 242 after 300,000 steps
+    python algos/double_dqn.py --env-id LunarLander-v3    # 268 after 300,000 steps
 
 Not in the paper: Adam in place of RMSprop, a step size that falls to 0, and a clipped norm of the gradient in place of
 clipped errors, whose loss is not least at the mean of the targets. All periods count single steps, so that several
