@@ -370,13 +370,14 @@ def readme_part(baselines: Path, references: dict[Row, dict[str, str]]) -> str:
     kept = read_baselines(baselines, *report.TABULATED)
     scores: dict[str, dict[str, dict]] = defaultdict(dict)
     for (algo, env_id, _), line in report.results(kept, references).items():
-        if " " not in algo and line["reference"]["best_published"]:  # the script with its defaults
+        if " " not in algo:  # flags of its own say nothing about the script's defaults
             scores[algo][env_id] = line
     ratios = least_ratios(baselines)
     rows = []
     for algo, by_env in scores.items():
-        lines = list(by_env.values())[-README_SCORES:]
-        rows.append([algo, ", ".join(map(short_score, lines)), ratios.get(algo, "")])
+        lines = [line for line in by_env.values() if line["reference"]["best_published"]]
+        if lines:
+            rows.append([algo, ", ".join(map(short_score, lines[-README_SCORES:])), ratios.get(algo, "")])
     table = "\n".join("| " + " | ".join(row) + " |" for row in [README_HEAD, ["---"] * len(README_HEAD), *rows])
     text = f"{table}\n\n{README_NOTE}"
     if any(row[1:] == README_CURVES for row in kept):
