@@ -61,9 +61,9 @@ and A2C and the plain policy gradient stay behind. Unlike there, the adaptive KL
 eps = 0.2 but level with the latter: ahead on three environments, behind on Walker2d, and on each of them the runs of
 the two overlap. Without clip or penalty the score is small but not negative, for HalfCheetah, which made it negative in
 the paper, ends above the random policy here. On Hopper, Walker2d and InvertedDoublePendulum eps = 0.2 comes near the
-2,300, 3,450 and 8,000 or so of the paper's Figure 3; on HalfCheetah it is far above the 1,800 there. InvertedPendulum
-lifts all settings but the worst alike, to the 1,000 that an episode can bring or close to it. The paper's scores are
-over seven environments; one enters the table when every setting has been run there:
+2,300, 3,450 and 8,000 or so of the paper's Figure 3; on HalfCheetah it is far above the 1,800 there. On
+InvertedPendulum all settings but the worst come to the 1,000 that an episode can bring, or close to it. The paper's
+scores are over seven environments; one enters this table when every setting has been run there:
 `python -m benchmark run --suite ppo_paper`.
 """
 MUJOCO_TEXT = """\
