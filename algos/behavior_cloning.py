@@ -235,16 +235,17 @@ def train(args: Args) -> dict:
         write_episodes(args.save_demonstrations, episodes)
     episodes = choose_best(episodes, args.top_fraction)
     returns = [episode["rewards"].sum() for episode in episodes]
-    num_held_out = int(args.validation_fraction * len(episodes))
-    num_train = len(episodes) - num_held_out
+    num_train = len(episodes) - int(args.validation_fraction * len(episodes))
     pairs = pairs_of(episodes[:num_train], action_space)
-    held_out = pairs_of(episodes[num_train:], action_space) if num_held_out > 0 else {}
+    held_out = pairs_of(episodes[num_train:], action_space) if num_train < len(episodes) else {}
 
     B = args.batch_size
     agent = Agent(obs_space, action_space, args).to(device)
     optimizer = torch.optim.AdamW(agent.parameters(), lr=args.learning_rate, weight_decay=args.weight_decay, fused=True)
     policy_gradients = gradients_of(policy_loss, agent.parameters(), args)
     run = Run(args, agent=agent, optimizer=optimizer)
+    if not (agent.discrete or args.learn_std):
+        agent.log_std.fill_(args.log_std_init)  # that of the checkpoint may be another
     print(f"demonstrations: {len(episodes)}, return {np.mean(returns):.1f} +- {np.std(returns):.1f}", flush=True)
     if run.step == 0 and isinstance(agent.encoder, RunningNorm):
         agent.encoder.update(pairs["obs"].to(device))
@@ -518,7 +519,7 @@ def make_envs(env_id: str, num_envs: int, env_kwargs: str = "", render: bool = F
         raise Refusal(f"env_kwargs {env_kwargs!r} is no JSON: {error}") from error
     if not isinstance(kwargs, dict):
         raise Refusal(f"env_kwargs {env_kwargs!r} is no JSON object")
-    options = dict(render_mode="rgb_array", vectorization_mode="sync") if render else {}
+    options = dict(render_mode="rgb_array") if render else {}
     if render and sys.platform == "linux" and not os.environ.get("DISPLAY"):
         os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a screen
     try:
@@ -645,7 +646,8 @@ def load_agent(folder: str, obs_space: Space, action_space: Space, device: torch
     agent = script.Agent(obs_space, gym.spaces.flatdim(action_space) if numbered else action_space, settings)
     try:
         checkpoint = torch.load(Path(folder) / "checkpoint.pt", map_location="cpu")
-        agent.load_state_dict(checkpoint["agent"])
+        part = "target" if algo in ("ddpg", "td3") else "agent"  # what the run was evaluated by
+        agent.load_state_dict(checkpoint[part])
     except Exception as error:  # what is raised depends on where the file is damaged
         raise Refusal(f"the checkpoint of {folder} is missing or damaged") from error
     if hasattr(agent, "epsilon") and not getattr(settings, "noisy", False):
@@ -802,7 +804,7 @@ class Run:
             raise Refusal(f"{path} is damaged; start the run anew in another --run-dir") from error
 
         now = asdict(self.args) | dict(algo=self.algo)
-        for name in ("algo", "env_id", "env_kwargs", "seed", "run_dir", "optimizer"):
+        for name in ("algo", "env_id", "env_kwargs", "seed", "run_dir", "optimizer", "v_min", "v_max"):
             if now.get(name) != before.get(name):
                 raise Refusal(f"{self.dir} holds a run with {name} {before.get(name)!r}, which cannot change")
         if now["total_timesteps"] < self.step:
@@ -874,7 +876,7 @@ def evaluate(agent: nn.Module, args: Args, folder: Path, max_steps: int = 27_000
     for _ in range(max_steps):
         if Run.stop_signal:
             raise KeyboardInterrupt
-        if args.capture_video and running[0]:
+        if args.capture_video and running[0] and len(frames) < 3000:  # more may not fit into the memory
             frames.append(frame(envs, obs))
         obs, rewards, terminated, truncated, _ = envs.step(to_env(agent.act(obs, greedy=True)))
         returns += rewards * running
@@ -890,9 +892,13 @@ def evaluate(agent: nn.Module, args: Args, folder: Path, max_steps: int = 27_000
 
 def frame(envs: gym.vector.VectorEnv, obs: np.ndarray) -> np.ndarray:
     """A picture (H, W, 3) of the first environment; that of Atari is its newest observation."""
-    if hasattr(envs.unwrapped, "envs"):
-        return envs.unwrapped.envs[0].render()
-    return np.repeat(obs[0, -1, :, :, None], 3, axis=-1)
+    envs = envs.unwrapped
+    if envs.render_mode != "rgb_array":
+        return np.repeat(obs[0, -1, :, :, None], 3, axis=-1)
+    picture = envs.envs[0].render() if hasattr(envs, "envs") else envs.render()[0]
+    if picture.dtype != np.uint8:  # MinAtar's: 10 x 10 numbers in [0, 1]
+        picture = (255 * picture).astype(np.uint8).repeat(16, 0).repeat(16, 1)
+    return picture
 
 
 def check_video(args: Args) -> None:
@@ -901,7 +907,16 @@ def check_video(args: Args) -> None:
         importlib.import_module("moviepy")
     except ModuleNotFoundError as error:
         raise Refusal(f"a package is missing: {error}") from error
-    make_envs(args.env_id, 1, args.env_kwargs, render=True).close()
+    try:
+        envs = make_envs(args.env_id, 1, args.env_kwargs, render=True)
+    except AttributeError as error:  # PyOpenGL's, if there is no library for graphics
+        raise Refusal(f"{args.env_id} cannot be filmed: {error}") from error
+    obs, _ = envs.reset()
+    try:
+        frame(envs, obs)
+    except (gym.error.Error, ImportError) as error:
+        raise Refusal(f"{args.env_id} cannot be filmed: {error}") from error
+    envs.close()
 
 
 def find_family(env_id: str, env_kwargs: str) -> str:
@@ -967,6 +982,25 @@ def read_config(folder: Path) -> dict:
     return arguments
 
 
+def prepare_forks() -> None:
+    """What an environment forks ends by SIGTERM, on which closing it may wait, and leaves Ctrl-C to this process."""
+    masks = []
+
+    def before() -> None:
+        masks.append(signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM}))  # none may get lost in between
+
+    def after_in_parent() -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, masks.pop())
+
+    def after_in_child() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        after_in_parent()
+
+    if hasattr(os, "register_at_fork"):  # not on Windows
+        os.register_at_fork(before=before, after_in_parent=after_in_parent, after_in_child=after_in_child)
+
+
 def main() -> None:
     """Train as the command line says. Bad input ends in one sentence; an error of the user's keeps its traceback."""
 
@@ -981,6 +1015,7 @@ def main() -> None:
 
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
+    prepare_forks()
     try:
         train(parse_args())
     except Refusal as error:

@@ -17,9 +17,9 @@ is renewed now and then.
     python algos/double_dqn.py --env-id CartPole-v1       # 500 after 50,000 steps
     python algos/double_dqn.py --env-id LunarLander-v3    # 268 after 300,000 steps
 
-Not in the paper: Adam in place of RMSprop, a step size that falls to 0, and a clipped norm of the gradient in place of
-clipped errors, whose loss is not least at the mean of the targets. All periods count single steps, so that several
-environments learn as often as one.
+Not in the paper: Adam in place of RMSprop, a step size that falls to 0, an epsilon that falls from the first step on
+and is 0 in the evaluation, and a clipped norm of the gradient in place of clipped errors, under which the best Q is not
+the mean of the targets. All periods count single steps, so that several environments learn as often as one.
 
 Read to the end of train(); what follows the ruler is plumbing that the scripts share.
 """
@@ -130,7 +130,7 @@ def linear_schedule(start: float, end: float, duration: float, t: float) -> floa
 
 
 def td_target(rewards: Tensor, terminated: Tensor, next_values: Tensor, gamma: float | Tensor) -> Tensor:
-    """y (B,) from rewards, terminated, next_values (B,) and gamma; truncation does not stop the bootstrap."""
+    """y from rewards, terminated and next_values, (B,) each or broadcast; truncation does not stop the bootstrap."""
     return rewards + gamma * ~terminated * next_values
 
 
@@ -531,7 +531,7 @@ def env_seed(seed: int, offset: int = 0) -> int:
 
 def train_seed(seed: int, offset: int) -> int:
     """A seed of the first half of the run's million, for environments to learn in; the second is for the evaluation."""
-    return env_seed(seed, offset % 500_000)
+    return env_seed(seed, offset % 499_979)  # a prime: round numbers of steps do not come back to the first episodes
 
 
 def make_envs(env_id: str, num_envs: int, env_kwargs: str = "", render: bool = False) -> gym.vector.VectorEnv:
@@ -542,7 +542,7 @@ def make_envs(env_id: str, num_envs: int, env_kwargs: str = "", render: bool = F
         raise Refusal(f"env_kwargs {env_kwargs!r} is no JSON: {error}") from error
     if not isinstance(kwargs, dict):
         raise Refusal(f"env_kwargs {env_kwargs!r} is no JSON object")
-    options = dict(render_mode="rgb_array", vectorization_mode="sync") if render else {}
+    options = dict(render_mode="rgb_array") if render else {}
     if render and sys.platform == "linux" and not os.environ.get("DISPLAY"):
         os.environ.setdefault("MUJOCO_GL", "egl")  # renders without a screen
     try:
@@ -752,7 +752,7 @@ class Run:
             raise Refusal(f"{path} is damaged; start the run anew in another --run-dir") from error
 
         now = asdict(self.args) | dict(algo=self.algo)
-        for name in ("algo", "env_id", "env_kwargs", "seed", "run_dir", "optimizer"):
+        for name in ("algo", "env_id", "env_kwargs", "seed", "run_dir", "optimizer", "v_min", "v_max"):
             if now.get(name) != before.get(name):
                 raise Refusal(f"{self.dir} holds a run with {name} {before.get(name)!r}, which cannot change")
         if now["total_timesteps"] < self.step:
@@ -824,7 +824,7 @@ def evaluate(agent: nn.Module, args: Args, folder: Path, max_steps: int = 27_000
     for _ in range(max_steps):
         if Run.stop_signal:
             raise KeyboardInterrupt
-        if args.capture_video and running[0]:
+        if args.capture_video and running[0] and len(frames) < 3000:  # more may not fit into the memory
             frames.append(frame(envs, obs))
         obs, rewards, terminated, truncated, _ = envs.step(to_env(agent.act(obs, greedy=True)))
         returns += rewards * running
@@ -840,9 +840,13 @@ def evaluate(agent: nn.Module, args: Args, folder: Path, max_steps: int = 27_000
 
 def frame(envs: gym.vector.VectorEnv, obs: np.ndarray) -> np.ndarray:
     """A picture (H, W, 3) of the first environment; that of Atari is its newest observation."""
-    if hasattr(envs.unwrapped, "envs"):
-        return envs.unwrapped.envs[0].render()
-    return np.repeat(obs[0, -1, :, :, None], 3, axis=-1)
+    envs = envs.unwrapped
+    if envs.render_mode != "rgb_array":
+        return np.repeat(obs[0, -1, :, :, None], 3, axis=-1)
+    picture = envs.envs[0].render() if hasattr(envs, "envs") else envs.render()[0]
+    if picture.dtype != np.uint8:  # MinAtar's: 10 x 10 numbers in [0, 1]
+        picture = (255 * picture).astype(np.uint8).repeat(16, 0).repeat(16, 1)
+    return picture
 
 
 def check_video(args: Args) -> None:
@@ -851,7 +855,16 @@ def check_video(args: Args) -> None:
         importlib.import_module("moviepy")
     except ModuleNotFoundError as error:
         raise Refusal(f"a package is missing: {error}") from error
-    make_envs(args.env_id, 1, args.env_kwargs, render=True).close()
+    try:
+        envs = make_envs(args.env_id, 1, args.env_kwargs, render=True)
+    except AttributeError as error:  # PyOpenGL's, if there is no library for graphics
+        raise Refusal(f"{args.env_id} cannot be filmed: {error}") from error
+    obs, _ = envs.reset()
+    try:
+        frame(envs, obs)
+    except (gym.error.Error, ImportError) as error:
+        raise Refusal(f"{args.env_id} cannot be filmed: {error}") from error
+    envs.close()
 
 
 def find_family(env_id: str, env_kwargs: str) -> str:
@@ -917,6 +930,25 @@ def read_config(folder: Path) -> dict:
     return arguments
 
 
+def prepare_forks() -> None:
+    """What an environment forks ends by SIGTERM, on which closing it may wait, and leaves Ctrl-C to this process."""
+    masks = []
+
+    def before() -> None:
+        masks.append(signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM}))  # none may get lost in between
+
+    def after_in_parent() -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, masks.pop())
+
+    def after_in_child() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        after_in_parent()
+
+    if hasattr(os, "register_at_fork"):  # not on Windows
+        os.register_at_fork(before=before, after_in_parent=after_in_parent, after_in_child=after_in_child)
+
+
 def main() -> None:
     """Train as the command line says. Bad input ends in one sentence; an error of the user's keeps its traceback."""
 
@@ -931,6 +963,7 @@ def main() -> None:
 
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
+    prepare_forks()
     try:
         train(parse_args())
     except Refusal as error:

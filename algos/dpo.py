@@ -10,7 +10,7 @@ critic and samples.
 
     L = -E[log sigmoid(beta log(pi(y|x) / pi_ref(y|x)) - beta log(pi(y'|x) / pi_ref(y'|x)))]    y chosen, y' rejected
 
-Its parent fits r to choices and seeks the policy that E[r - beta log(pi / pi_ref)] is largest for. That policy is
+Its parent fits r to choices and seeks the policy with the largest E[r - beta log(pi / pi_ref)]. That policy is
 known: pi_ref exp(r / beta) / Z(x) (eq. 4). So r is beta log(pi / pi_ref), up to a beta log Z(x) that both texts of a
 pair share (eq. 5), and the parent's loss of the reward model becomes a loss of the policy.
 
@@ -125,7 +125,9 @@ def dpo_loss(
 
     metrics = dict(
         loss=loss.detach(),
-        accuracy=(chosen_reward > rejected_reward).float().mean(),  # of choices not seen before, in the first pass
+        accuracy=(chosen_reward > rejected_reward)
+        .float()
+        .mean(),  # of unseen choices, in the first pass; at first 0, for all are 0
         chosen_log_prob=chosen.mean().detach(),
         rejected_log_prob=rejected.mean().detach(),
         chosen_reward=chosen_reward.mean().detach(),
@@ -592,13 +594,18 @@ def read_texts(name: str, columns: list[str]) -> list[str]:
     if not name:
         return []
     if Path(name).is_file() and Path(name).suffix != ".jsonl":
-        texts = Path(name).read_text().splitlines()
+        try:
+            texts = Path(name).read_text().splitlines()
+        except ValueError as error:
+            raise Refusal(f"{name} is no text: {error}") from error
     else:
         rows = read_rows(name)
         found = [column for column in columns if rows and isinstance(rows[0].get(column), str)]
         if not found:
             raise Refusal(f"{name} has no texts called {' or '.join(columns)}")
-        texts = [row[found[0]] for row in rows]
+        texts = [row.get(found[0]) for row in rows]
+        if not all(isinstance(text, str) for text in texts):
+            raise Refusal(f"{name} has a row without a text called {found[0]}")
     texts = [text for text in texts if text.strip()]
     if not texts:
         raise Refusal(f"{name} holds no text")
@@ -609,9 +616,12 @@ def read_rows(name: str) -> list[dict]:
     """The rows of a file of JSON lines or of the training split of a Hugging Face data set."""
     if Path(name).is_file():
         try:
-            return [json.loads(line) for line in Path(name).read_text().splitlines() if line.strip()]
+            rows = [json.loads(line) for line in Path(name).read_text().splitlines() if line.strip()]
         except ValueError as error:
             raise Refusal(f"{name} has a line that is no JSON: {error}") from error
+        if not all(isinstance(row, dict) for row in rows):
+            raise Refusal(f"{name} has a line that is no JSON object")
+        return rows
     try:
         return list(importlib.import_module("datasets").load_dataset(name, split="train"))
     except ModuleNotFoundError as error:
@@ -628,7 +638,13 @@ def load_language_model(name: str) -> tuple[object, LanguageModel]:
         model = auto.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
     except (OSError, ValueError) as error:
         raise Refusal(f"model {name} could not be loaded: {first_sentence(error)}") from error
-    return tokenizer, LanguageModel(HuggingFaceBody(model.base_model), model.get_output_embeddings())
+    found = LanguageModel(HuggingFaceBody(model.base_model), model.get_output_embeddings())
+    tokens = torch.arange(8)[None]
+    with torch.no_grad():
+        logits = found(tokens, torch.ones_like(tokens, dtype=torch.bool), 7)
+        if not torch.allclose(logits, model(tokens).logits[:, :-1], rtol=1e-3, atol=1e-3):
+            raise Refusal(f"model {name} is not supported: it changes logits after its output layer")
+    return tokenizer, found
 
 
 def import_transformers(purpose: str) -> object:
@@ -982,7 +998,7 @@ class Run:
             raise Refusal(f"{path} is damaged; start the run anew in another --run-dir") from error
 
         now = asdict(self.args) | dict(algo=self.algo)
-        for name in ("algo", "env_id", "env_kwargs", "seed", "run_dir", "optimizer"):
+        for name in ("algo", "env_id", "env_kwargs", "seed", "run_dir", "optimizer", "v_min", "v_max"):
             if now.get(name) != before.get(name):
                 raise Refusal(f"{self.dir} holds a run with {name} {before.get(name)!r}, which cannot change")
         if now["total_timesteps"] < self.step:
@@ -1044,16 +1060,22 @@ def evaluate(
     args: Args,
 ) -> dict:  # fmt: skip
     """True rewards of args.eval_episodes sampled responses to fresh prompts, and a table of what has changed."""
+
+    def judged(model: LanguageModel, prompts: list[str]) -> dict:
+        if Run.stop_signal:
+            raise KeyboardInterrupt
+        return judge(model, reference, reward_model, prompts, tokenizer, task, args)
+
     torch.manual_seed(env_seed(args.seed, 500_000))
     prompts = task.prompts(args.eval_episodes)
-    table = dict(before=judge(reference, reference, reward_model, prompts, tokenizer, task, args))
+    table = dict(before=judged(reference, prompts))
     if reward_model is not None:
         repeated = [prompt for prompt in prompts[:64] for _ in range(16)]
-        many = judge(reference, reference, reward_model, repeated, tokenizer, task, args)
+        many = judged(reference, repeated)
         best = many["proxy"].view(-1, 16).argmax(1) + 16 * torch.arange(len(repeated) // 16)
         table["best of 16"] = {name: [column[i] for i in best.tolist()] for name, column in many.items()}
         table["best of 16"]["kl"] = [math.log(16) - 15 / 16]  # a bound
-    after = judge(actor, reference, reward_model, prompts, tokenizer, task, args)
+    after = judged(actor, prompts)
     table["after"] = after
     tqdm.write(f"{'':10} {'gold':>6} {'proxy':>6} {'kl':>6}")
     means = {}
@@ -1135,6 +1157,25 @@ def read_config(folder: Path) -> dict:
     return arguments
 
 
+def prepare_forks() -> None:
+    """What an environment forks ends by SIGTERM, on which closing it may wait, and leaves Ctrl-C to this process."""
+    masks = []
+
+    def before() -> None:
+        masks.append(signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM}))  # none may get lost in between
+
+    def after_in_parent() -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, masks.pop())
+
+    def after_in_child() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        after_in_parent()
+
+    if hasattr(os, "register_at_fork"):  # not on Windows
+        os.register_at_fork(before=before, after_in_parent=after_in_parent, after_in_child=after_in_child)
+
+
 def main() -> None:
     """Train as the command line says. Bad input ends in one sentence; an error of the user's keeps its traceback."""
 
@@ -1149,6 +1190,7 @@ def main() -> None:
 
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
+    prepare_forks()
     try:
         train(parse_args())
     except Refusal as error:

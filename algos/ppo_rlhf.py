@@ -21,7 +21,7 @@ batch. Nothing is differentiated through r: this is the score function's gradien
 
 The people are a formula that judges reviews of hotels, with noise; so the true reward of any text is known. The
 evaluation samples, for a prompt has one likeliest text. Not in the papers: a small transformer, normalised advantages
-(but in the code of Ziegler et al.), clipped gradients, and that a response without an end loses --missing-eos-penalty
+(the code of Ziegler et al. has them), clipped gradients, and that a response without an end loses --missing-eos-penalty
 from its score; one without a period gets a fixed reward of -1 in Ziegler et al. In their code, but not here: rewards
 are scaled and values clipped. In Ouyang et al., but not here: PPO also learns on from the texts of pretraining.
 
@@ -115,6 +115,8 @@ class Args:
             raise Refusal("num_minibatches may not exceed num_responses")
         if self.target_kl > 0 and self.kl_coef == 0:
             raise Refusal("target_kl lets beta grow or shrink by factors from kl_coef on, which must be above 0")
+        if self.target_kl > 0 and self.kl_horizon < self.num_responses:
+            raise Refusal("kl_horizon may not be below num_responses: one step could take beta below 0")
         if self.prompts and not (self.preferences or self.reward_model):
             raise Refusal("prompts of your own need preferences or a reward_model: nobody knows what is good there")
 
@@ -149,24 +151,24 @@ class RewardModel(nn.Module):
 
 
 class KLController(nn.Module):
-    """beta, which follows the KL's error by a fifth at most in kl_horizon responses (Ziegler et al., section 2.2)."""
+    """What multiplies kl_coef: it follows the KL by a fifth at most in kl_horizon responses (Ziegler et al., 2.2)."""
 
-    def __init__(self, args: Args) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.register_buffer("beta", torch.tensor(args.kl_coef))
+        self.register_buffer("factor", torch.tensor(1.0))
 
     def update(self, kl: Tensor, num_responses: int, args: Args) -> None:
-        """Adapt beta to the mean KL () of num_responses responses."""
+        """Adapt the factor to the mean KL () of num_responses responses."""
         error = (kl / args.target_kl - 1).clamp(-0.2, 0.2)
-        self.beta = self.beta * (1 + error * num_responses / args.kl_horizon)
+        self.factor = self.factor * (1 + error * num_responses / args.kl_horizon)
 
 
 def reward_loss(model: RewardModel, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-    """-log P(chosen > rejected) of Bradley and Terry on a batch of pairs, and how often the choice was foreseen."""
+    """-log P(chosen > rejected) of Bradley and Terry on a batch of pairs, and what to log."""
     chosen = model(batch["chosen"], batch["chosen_real"])
     rejected = model(batch["rejected"], batch["rejected_real"])
     loss = -F.logsigmoid(chosen - rejected).mean()  # Stiennon et al., section 3.4
-    return loss, dict(loss=loss.detach(), accuracy=(chosen > rejected).float().mean())
+    return loss, dict(loss=loss.detach())
 
 
 def fit_reward_model(model: RewardModel, pairs: dict[str, Tensor], run: "Run", args: Args) -> dict[str, float]:
@@ -184,9 +186,9 @@ def fit_reward_model(model: RewardModel, pairs: dict[str, Tensor], run: "Run", a
             batch = {name: column[batch_rows] for name, column in pairs.items()}
             gradients, _ = reward_gradients(model, batch)
             descend(optimizer, gradients)
-    with torch.no_grad():
-        _, metrics = reward_loss(model, {name: column[held_out] for name, column in pairs.items()})
-    return dict(rm_accuracy=metrics["accuracy"].item())
+    chosen = score(model, pairs["chosen"][held_out], pairs["chosen_real"][held_out])
+    rejected = score(model, pairs["rejected"][held_out], pairs["rejected_real"][held_out])
+    return dict(rm_accuracy=(chosen > rejected).float().mean().item())
 
 
 def token_rewards(scores: Tensor, log_ratio: Tensor, mask: Tensor, beta: float | Tensor) -> tuple[Tensor, Tensor]:
@@ -277,7 +279,7 @@ def train(args: Args) -> dict:
         reward_model = GivenReward(tokenizer, args).to(device)
     else:
         reward_model = RewardModel(copy.deepcopy(actor.body)).to(device)
-    controller = KLController(args).to(device)
+    controller = KLController().to(device)
     actor_optimizer = torch.optim.Adam(actor.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
     critic_optimizer = torch.optim.Adam(critic.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
     policy_gradients = gradients_of(policy_loss, actor.parameters(), args, max_norm=args.max_grad_norm)
@@ -320,7 +322,7 @@ def train(args: Args) -> dict:
         if args.anneal_lr:
             anneal(actor_optimizer, 1 - run.step / args.total_timesteps)
             anneal(critic_optimizer, 1 - run.step / args.total_timesteps)
-        beta = controller.beta if args.target_kl > 0 else args.kl_coef
+        beta = args.kl_coef * controller.factor
 
         # Collect N responses.
         tokens, real = sample(actor, task.prompts(N), tokenizer, args)
@@ -366,7 +368,7 @@ def train(args: Args) -> dict:
         metrics = dict(
             proxy_reward=proxy.mean(), gold_reward=gold.mean(), kl=kl, objective=proxy.mean() - beta * kl,
             response_length=mask.sum() / N, eos_fraction=ended.float().mean(),
-            distinct_fraction=torch.tensor(len(set(texts)) / N), kl_coef=torch.as_tensor(beta),
+            distinct_fraction=torch.tensor(len(set(texts)) / N), kl_coef=beta,
         )  # fmt: skip
         num_tokens = int(mask.sum())
         run.log(run.step + num_tokens, mean_metrics([*history, metrics]))
@@ -770,13 +772,18 @@ def read_texts(name: str, columns: list[str]) -> list[str]:
     if not name:
         return []
     if Path(name).is_file() and Path(name).suffix != ".jsonl":
-        texts = Path(name).read_text().splitlines()
+        try:
+            texts = Path(name).read_text().splitlines()
+        except ValueError as error:
+            raise Refusal(f"{name} is no text: {error}") from error
     else:
         rows = read_rows(name)
         found = [column for column in columns if rows and isinstance(rows[0].get(column), str)]
         if not found:
             raise Refusal(f"{name} has no texts called {' or '.join(columns)}")
-        texts = [row[found[0]] for row in rows]
+        texts = [row.get(found[0]) for row in rows]
+        if not all(isinstance(text, str) for text in texts):
+            raise Refusal(f"{name} has a row without a text called {found[0]}")
     texts = [text for text in texts if text.strip()]
     if not texts:
         raise Refusal(f"{name} holds no text")
@@ -787,9 +794,12 @@ def read_rows(name: str) -> list[dict]:
     """The rows of a file of JSON lines or of the training split of a Hugging Face data set."""
     if Path(name).is_file():
         try:
-            return [json.loads(line) for line in Path(name).read_text().splitlines() if line.strip()]
+            rows = [json.loads(line) for line in Path(name).read_text().splitlines() if line.strip()]
         except ValueError as error:
             raise Refusal(f"{name} has a line that is no JSON: {error}") from error
+        if not all(isinstance(row, dict) for row in rows):
+            raise Refusal(f"{name} has a line that is no JSON object")
+        return rows
     try:
         return list(importlib.import_module("datasets").load_dataset(name, split="train"))
     except ModuleNotFoundError as error:
@@ -806,7 +816,13 @@ def load_language_model(name: str) -> tuple[object, LanguageModel]:
         model = auto.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
     except (OSError, ValueError) as error:
         raise Refusal(f"model {name} could not be loaded: {first_sentence(error)}") from error
-    return tokenizer, LanguageModel(HuggingFaceBody(model.base_model), model.get_output_embeddings())
+    found = LanguageModel(HuggingFaceBody(model.base_model), model.get_output_embeddings())
+    tokens = torch.arange(8)[None]
+    with torch.no_grad():
+        logits = found(tokens, torch.ones_like(tokens, dtype=torch.bool), 7)
+        if not torch.allclose(logits, model(tokens).logits[:, :-1], rtol=1e-3, atol=1e-3):
+            raise Refusal(f"model {name} is not supported: it changes logits after its output layer")
+    return tokenizer, found
 
 
 def import_transformers(purpose: str) -> object:
@@ -1160,7 +1176,7 @@ class Run:
             raise Refusal(f"{path} is damaged; start the run anew in another --run-dir") from error
 
         now = asdict(self.args) | dict(algo=self.algo)
-        for name in ("algo", "env_id", "env_kwargs", "seed", "run_dir", "optimizer"):
+        for name in ("algo", "env_id", "env_kwargs", "seed", "run_dir", "optimizer", "v_min", "v_max"):
             if now.get(name) != before.get(name):
                 raise Refusal(f"{self.dir} holds a run with {name} {before.get(name)!r}, which cannot change")
         if now["total_timesteps"] < self.step:
@@ -1222,16 +1238,22 @@ def evaluate(
     args: Args,
 ) -> dict:  # fmt: skip
     """True rewards of args.eval_episodes sampled responses to fresh prompts, and a table of what has changed."""
+
+    def judged(model: LanguageModel, prompts: list[str]) -> dict:
+        if Run.stop_signal:
+            raise KeyboardInterrupt
+        return judge(model, reference, reward_model, prompts, tokenizer, task, args)
+
     torch.manual_seed(env_seed(args.seed, 500_000))
     prompts = task.prompts(args.eval_episodes)
-    table = dict(before=judge(reference, reference, reward_model, prompts, tokenizer, task, args))
+    table = dict(before=judged(reference, prompts))
     if reward_model is not None:
         repeated = [prompt for prompt in prompts[:64] for _ in range(16)]
-        many = judge(reference, reference, reward_model, repeated, tokenizer, task, args)
+        many = judged(reference, repeated)
         best = many["proxy"].view(-1, 16).argmax(1) + 16 * torch.arange(len(repeated) // 16)
         table["best of 16"] = {name: [column[i] for i in best.tolist()] for name, column in many.items()}
         table["best of 16"]["kl"] = [math.log(16) - 15 / 16]  # a bound
-    after = judge(actor, reference, reward_model, prompts, tokenizer, task, args)
+    after = judged(actor, prompts)
     table["after"] = after
     tqdm.write(f"{'':10} {'gold':>6} {'proxy':>6} {'kl':>6}")
     means = {}
@@ -1313,6 +1335,25 @@ def read_config(folder: Path) -> dict:
     return arguments
 
 
+def prepare_forks() -> None:
+    """What an environment forks ends by SIGTERM, on which closing it may wait, and leaves Ctrl-C to this process."""
+    masks = []
+
+    def before() -> None:
+        masks.append(signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM}))  # none may get lost in between
+
+    def after_in_parent() -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, masks.pop())
+
+    def after_in_child() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        after_in_parent()
+
+    if hasattr(os, "register_at_fork"):  # not on Windows
+        os.register_at_fork(before=before, after_in_parent=after_in_parent, after_in_child=after_in_child)
+
+
 def main() -> None:
     """Train as the command line says. Bad input ends in one sentence; an error of the user's keeps its traceback."""
 
@@ -1327,6 +1368,7 @@ def main() -> None:
 
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
+    prepare_forks()
     try:
         train(parse_args())
     except Refusal as error:

@@ -1,5 +1,6 @@
 """Environments whose right answers are known, registered as test/<Name>-v0 when this module is imported."""
 
+import multiprocessing
 import os
 import time
 
@@ -219,6 +220,32 @@ class Signalling(gym.Env):
         return np.zeros(3, np.float32), 1.0, self.left == 0, False, {}
 
 
+class Simulated(Signalling):
+    """Its simulator is a process of its own, which is told to end when the environment is closed."""
+
+    def __init__(self, **kwargs):
+        super().__init__(length=20, **kwargs)
+        fork = multiprocessing.get_context("fork")
+        self.pipe, other = fork.Pipe()
+        self.process = fork.Process(target=self.simulate, args=(self.pipe, other), daemon=True)
+        self.process.start()
+
+    @staticmethod
+    def simulate(ours, pipe):
+        ours.close()
+        while True:
+            pipe.send(pipe.recv())
+
+    def step(self, action):
+        self.pipe.send(1)
+        self.pipe.recv()
+        return super().step(action)
+
+    def close(self):
+        self.process.terminate()
+        self.process.join()
+
+
 class Native(SyncVectorEnv):
     """A native vector environment in any autoreset mode, or without a word about it."""
 
@@ -234,6 +261,8 @@ for _env in (ValueOnly, ObsValue, Discounting, ActionReward, ObsActionReward, Tr
 gym.register("test/TaggedBox-v0", Tagged, kwargs=dict(continuous=True), disable_env_checker=True, order_enforce=False)
 for _name, _continuous in dict(Signalling=False, SignallingBox=True).items():
     gym.register(f"test/{_name}-v0", Signalling, kwargs=dict(continuous=_continuous), disable_env_checker=True)
+for _name, _continuous in dict(Simulated=False, SimulatedBox=True).items():
+    gym.register(f"test/{_name}-v0", Simulated, kwargs=dict(continuous=_continuous), disable_env_checker=True)
 gym.register("test/TaggedNative-v0", vector_entry_point=Native)
 for _name, _mode in dict(SameStep=AutoresetMode.SAME_STEP, Disabled=AutoresetMode.DISABLED, Silent=None).items():
     gym.register(f"test/{_name}-v0", vector_entry_point=Native, kwargs=dict(mode=_mode))

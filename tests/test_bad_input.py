@@ -344,7 +344,16 @@ class OnScreen(Own):
         raise AssertionError(f"there is no mode {self.render_mode}")
 
 
-@pytest.mark.parametrize("env", [Own, OnScreen])
+class Unpainted(OnScreen):
+    """The package that paints its pictures is missing."""
+
+    metadata = dict(render_modes=["rgb_array"])  # noqa: RUF012
+
+    def render(self):
+        raise gym.error.DependencyNotInstalled("nothing is installed that could render")
+
+
+@pytest.mark.parametrize("env", [Own, OnScreen, Unpainted])
 @each_back
 def test_an_environment_without_pictures(module, env, own, tmp_path):
     """--capture-video that fails when all has been trained, because there is nothing to film."""

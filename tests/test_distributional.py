@@ -9,7 +9,7 @@ import gymnasium as gym
 import pytest
 import torch
 from conftest import spy
-from off_policy import answer_always, bugs, gradient, learn, make_agents, make_batch
+from off_policy import answer_always, bugs, gradient, learn, make_agents, make_batch, resume
 from runs import each, fails_with_a_bug
 
 from algos import c51, qr_dqn, rainbow
@@ -492,6 +492,15 @@ def test_supports_that_are_refused(module):
             module.Args(v_min=v_min, v_max=v_max)
     with pytest.raises(module.Refusal, match="num_atoms must lie in"):
         module.Args(num_atoms=1)
+
+
+@each([c51, rainbow])
+@pytest.mark.parametrize("name", ["v_min", "v_max"])
+def test_atoms_of_a_resumed_run(module, name, tmp_path):
+    """Other atoms would give all that was learned another value."""
+    learn(module, tmp_path)
+    with pytest.raises(module.Refusal, match=f"{name} .*, which cannot change"):
+        resume(module, tmp_path, **{name: 3.5})
 
 
 @each([c51, rainbow])

@@ -43,7 +43,8 @@ from runs import (
     tree,
 )
 
-BACK = """Refusal Run make_envs write_aside evaluate frame find_family parse_args read_config main"""
+BACK = """Refusal Run make_envs write_aside evaluate frame check_video find_family parse_args
+read_config prepare_forks main"""
 
 
 def test_every_script_has_the_back_that_is_tested_here():
@@ -511,6 +512,17 @@ def test_a_signal_ends_the_evaluation(module, tmp_path):
     assert done.err.splitlines()[-1] == f"{name_of(module)}.py: interrupted; --resume run continues from step 256"
 
 
+@pytest.mark.parametrize("seconds", [60])
+@each_back
+def test_an_environment_with_a_process_of_its_own(module, seconds, tmp_path):
+    """Closing it waits for a process that would inherit what this one does with signals, for ever."""
+    env_id = f"envs:test/Simulated{'Box' if is_continuous(module) else ''}-v0"
+    process = start(module, tmp_path, *line(module, env_id=env_id, run_dir="run"), path=[Path(__file__).parent])
+    done = process.wait(seconds)
+    assert done.rc == 0, done.err
+    assert "saving and stopping" not in done.err
+
+
 @each_back
 def test_kill_and_resume(module, tmp_path, monkeypatch):
     """SIGKILL in the middle of a run, which can say and save nothing: the rest of it fits on to the checkpoint."""
@@ -706,6 +718,10 @@ def test_a_run_without_a_config(module, tmp_path):
         (
             test_a_signal_ends_the_evaluation, {},
             "td3", "            raise KeyboardInterrupt\n        if args.cap", "            pass\n        if args.cap",
+        ),
+        (
+            test_an_environment_with_a_process_of_its_own, dict(seconds=6),
+            "ppo_clip", "    prepare_forks()\n", "",
         ),
         (
             test_a_damaged_checkpoint, dict(damage="hostile"),

@@ -515,7 +515,7 @@ def test_demonstrators_without_a_run(module):
 @each_imitation
 @pytest.mark.parametrize("name", ["ppo_clip", "dqn", "td3", "a3c"])
 def test_a_run_as_demonstrator(module, name, tmp_path):
-    """Its greedy actions as the environment takes them, then those of the clone come near."""
+    """Its greedy actions as the environment takes them, by the network that its own run was evaluated with."""
     teacher = script(name)
     folder = finished_run(teacher, tmp_path / "teacher")
     env_id = teacher.Args.env_id
@@ -526,6 +526,8 @@ def test_a_run_as_demonstrator(module, name, tmp_path):
     obs = np.stack([made.single_observation_space.sample() for _ in range(20)]).clip(-3, 3)
     expected = module.action_map(made.single_action_space)(agent.act(obs, greedy=True))
     assert (act(obs) == expected).all()
+    evaluated = checkpoint(folder)["target" if name == "td3" else "agent"]
+    assert all((agent.state_dict()[key] == value).all() for key, value in evaluated.items())
     found = module.train(args)
     assert np.isfinite(found["demonstrator_mean"])
 

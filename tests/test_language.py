@@ -634,7 +634,35 @@ def test_training_that_diverges(module, tmp_path, monkeypatch):
     assert all(leaf.isfinite().all() for leaf in leaves(saved(tmp_path)).values())
 
 
+@each_language
+def test_a_signal_ends_the_evaluation(module, tmp_path, monkeypatch):
+    """A scheduler that waits and then kills: texts of a large model may take longer than its patience."""
+    module.train(tiny(module, tmp_path))
+    (tmp_path / "run" / "result.json").unlink()
+    spy(monkeypatch, module, "judge", after=lambda *_: monkeypatch.setattr(module.Run, "stop_signal", 15))
+    with pytest.raises(KeyboardInterrupt):
+        module.train(module.parse_args(["--resume", str(tmp_path / "run")]))
+    assert not (tmp_path / "run" / "result.json").exists()
+
+
 # Prompts and pairs of one's own
+
+
+@each_language
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("own.jsonl", b'{"prompt": "a"}\n[1]\n', "a line that is no JSON object"),
+        ("own.jsonl", b'{"prompt": "a"}\n{"prompt": null}\n', "a row without a text called prompt"),
+        ("own.jsonl", b'{"prompt": "a"}\n{}\n', "a row without a text called prompt"),
+        ("own.txt", b"caf\xe9", "is no text"),
+    ],
+)
+def test_prompts_that_are_no_texts(module, name, content, words, tmp_path):
+    """One sentence, not a traceback from the depth of a reader."""
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(module.Refusal, match=words):
+        module.read_texts(str(tmp_path / name), ["prompt"])
 
 
 @each_language
@@ -715,7 +743,7 @@ def hub(tmp_path_factory):
         tokenizer_object=inner, eos_token="<|endoftext|>", pad_token="<|endoftext|>", unk_token="<unk>"
     )
     torch.manual_seed(0)
-    sizes = dict(n_layer=2, n_embd=16, n_head=2, n_positions=64, vocab_size=len(words), bos_token_id=1, eos_token_id=1)
+    sizes = dict(n_layer=2, n_embd=16, n_head=2, n_positions=512, vocab_size=len(words), bos_token_id=1, eos_token_id=1)
     config = transformers.GPT2Config(**sizes, initializer_range=0.5, pad_token_id=1)
     for name, kind in (("gpt", "GPT2LMHeadModel"), ("classifier", "GPT2ForSequenceClassification")):
         getattr(transformers, kind)(config).save_pretrained(folder / name)
@@ -754,10 +782,24 @@ def test_a_hugging_face_model_with_padding(module, hub):
 @bugs(
     ("ppo_rlhf", "attention_mask=real.long(),", ""),
     ("ppo_rlhf", "position_ids=positions_of(real)[:, -tokens.shape[1] :],", ""),
-    ("ppo_rlhf", "self.model = model.eval()  #", "self.model = model.train()  #"),
+    ("ppo_rlhf", "return tokenizer, found", "return tokenizer, found.train()"),
 )
 def test_padding_of_hugging_face_sees(request, name, old, new):
     fails_with_a_bug(request, test_a_hugging_face_model_with_padding, name, old, new)
+
+
+@each_language
+def test_logits_that_are_changed_after_the_output_layer(module, hub, tmp_path):
+    """A model that scales them: it would act by a policy that is not its own."""
+    transformers = pytest.importorskip("transformers")
+    sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=64)
+    for scaling in (1.0, 8.0):
+        config = transformers.GraniteConfig(**sizes, num_key_value_heads=2, logits_scaling=scaling)
+        folder = shutil.copytree(hub / "gpt", tmp_path / str(scaling))  # with the tokenizer
+        transformers.GraniteForCausalLM(config).save_pretrained(folder)
+    assert module.load_language_model(str(tmp_path / "1.0"))
+    with pytest.raises(module.Refusal, match="changes logits after its output layer"):
+        module.load_language_model(str(tmp_path / "8.0"))
 
 
 @each_language

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from off_policy import GRID, answer_always, bugs, learn, lines, make_agents, make_batch
+from off_policy import GRID, answer_always, bugs, learn, lines, make_agents, make_batch, resume
 from runs import checkpoint, each, fails_with_a_bug
 
 from algos import sac
@@ -133,6 +133,23 @@ def test_the_temperature_is_learned_or_fixed(module, tmp_path, learned):
     start = torch.tensor(0.2).log()
     assert (checkpoint(tmp_path / "run")["agent"]["log_alpha"] != start) == learned
     assert all(("alpha" in line) == learned for line in lines(tmp_path))
+
+
+@each([sac])
+def test_a_fixed_temperature_of_a_resumed_run(module, tmp_path):
+    """The flag of today counts, not what the checkpoint holds; a learned temperature goes on from there."""
+    learn(module, tmp_path, alpha=0.2, learn_alpha=False)
+    resume(module, tmp_path, alpha=0.05, learn_alpha=False)
+    assert checkpoint(tmp_path / "run")["agent"]["log_alpha"] == torch.tensor(0.05).log()
+    learn(module, tmp_path / "learned", alpha=0.2)
+    before = checkpoint(tmp_path / "learned" / "run")["agent"]["log_alpha"]
+    resume(module, tmp_path / "learned", alpha=0.05, total_timesteps=300)
+    assert checkpoint(tmp_path / "learned" / "run")["agent"]["log_alpha"] == before
+
+
+@bugs(("sac", "if not args.learn_alpha:", "if False:"), ("sac", "if not args.learn_alpha:", "if True:"))
+def test_a_fixed_temperature_of_a_resumed_run_sees(request, name, old, new):
+    fails_with_a_bug(request, test_a_fixed_temperature_of_a_resumed_run, name, old, new)
 
 
 @bugs(("sac", "if args.learn_alpha:", "if True:"), ("sac", "if args.learn_alpha:", "if not args.learn_alpha:"))
