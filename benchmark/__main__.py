@@ -70,7 +70,7 @@ class Run:
         failed = launch(cells, self.workers, self.out, self.algos, address)
 
         references = report.read_references(self.references)
-        planned = suite_cells(self.suite)
+        planned = suite_cells(self.suite, steps=self.steps)
         lines = []
         for row in dict.fromkeys(cell.row for cell in cells):
             results = [read_result(self.out / cell.name) for cell in cells if cell.row == row]
@@ -92,7 +92,7 @@ class Check:
     suite: str  # ci classic unsteady box2d mujoco distributed prediction imitation language minatar atari ppo_paper
     algo: str = ""  # only this algorithm
     env: str = ""  # only this environment
-    neutral: str = ""  # a git revision: leave out scripts that do what they did there
+    neutral: str = ""  # a git revision: say which scripts do what they did there, and train only the others
     simulate: int = 0  # train nothing, print the error rates over so many draws
     workers: int | None = None  # runs at once; if None, one per core
     out: Path = FOLDER / "runs" / "check"  # a directory per script and run
@@ -107,6 +107,8 @@ class Check:
         """The exit code."""
         from benchmark import check  # the other commands do without PyTorch, which takes a second to import
 
+        if self.simulate < 0:
+            raise Refusal(f"--simulate may not be negative, but is {self.simulate}")
         cells = suite_cells(self.suite, self.algo, self.env, seeds="0")
         if not cells:
             raise Refusal(f"suite {self.suite} has no run with this algorithm and environment")
@@ -186,7 +188,7 @@ class Speed:
     against: str = ""  # a git revision: only print, against our scripts of that time
     rounds: int = 3  # runs of each side, with those already kept of the same script
     anew: bool = False  # measure also what is kept
-    steps: int = 0  # environment steps of a run instead of those of the task
+    steps: int = 0  # environment steps of a run instead of those of the task, also in what is kept
     seeds: str = "1-10"  # of runs that time PPO from the command line to a solved CartPole; empty for none
     baselines: Path = FOLDER / "baselines"  # where speed.json is kept
 

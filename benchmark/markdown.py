@@ -22,9 +22,10 @@ README_SCORES = 3  # at most so many for each script
 README_CURVES = ("HalfCheetah-v5", 1_000_000)
 README_NOTE = """\
 Score: interquartile mean over seeds, in brackets the best published one, whatever its protocol, of several seeds if
-there is one. Speed: steps per second over those of the fastest peer that was measured, of stable-baselines3,
-sb3-contrib and SBX (JAX), on the environment where we gain least. The nearest algorithm stands in where no peer has the
-same one. Every script's scores, with intervals, sources and curves: [benchmark/RESULTS.md](benchmark/RESULTS.md).
+there is one; most of those are means, which failed seeds pull down further. Speed: steps per second over those of the
+fastest peer that was measured, of stable-baselines3, sb3-contrib and SBX (JAX), on the environment where we gain least,
+for some scripts with a text older than today's. The nearest algorithm stands in where no peer has the same one. Every
+script's scores, with intervals, sources and curves: [benchmark/RESULTS.md](benchmark/RESULTS.md).
 """
 ABOUT = """\
 # Results
@@ -58,12 +59,12 @@ environment.
 PAPER_NOTE = """\
 As in the paper, leaving out both clip and penalty is by far the worst choice, eps = 0.2 is the best of the three clips,
 and A2C and the plain policy gradient stay behind. Unlike there, the adaptive KL does not lie between no clipping and
-eps = 0.2 but level with the latter: ahead on three environments, behind on Walker2d, and on each of them the runs of
-the two overlap. Without clip or penalty the score is small but not negative, for HalfCheetah, which made it negative in
-the paper, ends above the random policy here. On Hopper, Walker2d and InvertedDoublePendulum eps = 0.2 comes near the
-2,300, 3,450 and 8,000 or so of the paper's Figure 3; on HalfCheetah it is far above the 1,800 there. On
-InvertedPendulum all settings but the worst come to the 1,000 that an episode can bring, or close to it. The paper's
-scores are over seven environments; one enters this table when every setting has been run there:
+eps = 0.2 but level with the latter: ahead on HalfCheetah and Hopper, behind on Walker2d, and on each of them the runs
+of the two overlap. Without clip or penalty the score is small but not negative, for HalfCheetah, which made it negative
+in the paper, ends above the random policy here. On Hopper and Walker2d eps = 0.2 comes near the 2,300 and 3,450 or so
+of the paper's Figure 3; on HalfCheetah it is far above the 1,800 there. On InvertedPendulum all settings but the worst
+come to the 1,000 that an episode can bring, or close to it. The paper's scores are over seven environments; one enters
+this table when every setting has been run there:
 `python -m benchmark run --suite ppo_paper`.
 """
 MUJOCO_TEXT = """\
@@ -83,12 +84,15 @@ each other. Elsewhere the last bits differ and after them whole runs, but not wh
 Script is the beginning of the hash of the script's text: `git cat-file -p HASH` prints it, and
 `git log --find-object HASH` names the commit that brought it. A run that was begun with another text has none. Texts
 change more often than results, in comments for instance: `python -m benchmark check --suite SUITE --neutral COMMIT`
-says whether today's scripts do what those of a commit did.
+says which of today's scripts do what those of a commit did, bit for bit, and then trains the others on fresh seeds.
+Runs from before 24 November 2026 are of texts that were rewritten since, with the same hyperparameters but in another
+order of random numbers. They will be trained anew.
 """
 
 MISSING = """\
 Some rows of the suites have not been run yet, or not with all of their seeds. `python -m benchmark run` with the suite
 that each line begins with makes them, and their bars and published scores are in [`references.csv`](references.csv).
+What begins with speed was not measured: `python -m benchmark speed` does so.
 """
 
 MEASURES = {  # by suite: title, what is said of the numbers beside the score, and the picture if there is one
@@ -204,6 +208,7 @@ def published_section(lines: list[dict]) -> str:
     if not compared:
         return ""
     counts: dict[str, int] = defaultdict(int)
+    spoiled = []  # by seeds that failed, which only the mean over seeds shows
     rows = [[*HEAD[:4], "Best published", "Difference", "Interval"]]
     for line in compared:
         best = line["reference"]["best_published"]
@@ -211,8 +216,13 @@ def published_section(lines: list[dict]) -> str:
         if line["n"] < report.FEWEST:
             interval = "few"
         counts[interval] += 1
+        if line["mean"] >= float(best):
+            counts["by mean"] += 1
         if line["iqm"] >= float(best):
             counts["reached"] += 1
+            if line["mean"] < float(best):
+                algo, env_id, _ = line["row"]
+                spoiled.append(f"{algo} on {env_id} ({number(line['mean'])}; {number(float(best))})")
         else:
             cells = table_row(line)
             verdict = "below" if interval == "FAIL" else interval
@@ -221,6 +231,11 @@ def published_section(lines: list[dict]) -> str:
 {len(compared)} rows have a published score beside them, of their budget if there is one, as the sources below tell. At
 or above the best one, whatever its protocol: {counts["reached"]}, of which {counts["PASS"]} with their whole interval.
 Below it with their whole interval: {counts["FAIL"]}. Intervals of fewer than five seeds do not count.
+"""
+    if spoiled:
+        text += f"""
+Most published scores are means over seeds. By the mean over ours {counts["by mean"]} are at or above; failed seeds,
+which the interquartile mean leaves out, pull below it: {", ".join(spoiled)}.
 """
     if len(rows) > 1:
         text += f"\n{aligned(rows)}\n"
@@ -290,7 +305,18 @@ def missing_section(baselines: Path) -> str:
             algo, env_id, steps = row
             told[suite, env_id, steps].append(f"{algo} ({there} of {len(cells)} seeds)" if there else algo)
     lines = [f"- {suite}, {env}, {steps:,} steps: {', '.join(algos)}\n" for (suite, env, steps), algos in told.items()]
+    measured = speed_entries(baselines)
+    for task in speed.TASKS:
+        peers = [peer for peer in task.peers.split() if f"{task.script} {peer} {task.env_id}" not in measured]
+        if peers:
+            lines.append(f"- speed, {task.env_id}: {task.script} against {', '.join(peers)}\n")
     return f"{MISSING}\n{''.join(lines)}" if lines else ""
+
+
+def speed_entries(baselines: Path) -> dict[str, dict]:
+    """What was measured of speed, by script, peer and environment."""
+    path = baselines / "speed.json"
+    return read_object(path)["tasks"] if path.exists() else {}
 
 
 def speed_section(baselines: Path) -> str:
@@ -352,9 +378,8 @@ def short_score(line: dict) -> str:
 
 def least_ratios(baselines: Path) -> dict[str, str]:
     """For each script how it compares with the peer of others that comes nearest to its speed."""
-    path = baselines / "speed.json"
     found: dict[str, tuple[float, str]] = {}
-    for key, entry in read_object(path)["tasks"].items() if path.exists() else ():
+    for key, entry in speed_entries(baselines).items():
         script, peer, _ = key.split()
         if peer.startswith("foliorl."):
             continue

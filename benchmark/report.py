@@ -92,6 +92,7 @@ def summarise(row: Row, runs: list[dict], planned: int, references: dict[Row, di
     iqm, low, high = iqm_interval(np.array([[run["eval_mean"]] for run in runs]))
     whole = len(runs) >= planned
     line = dict(row=row, iqm=iqm, low=low, high=high, n=len(runs), reference=reference)
+    line["mean"] = float(np.mean([run["eval_mean"] for run in runs]))
     line["sps"] = np.median([run["sps"] for run in runs])
     line["verdict"] = judge(iqm, iqm, reference["bar"], whole)
     line["interval"] = judge(low, high, reference["bar"], whole)
@@ -149,7 +150,10 @@ def differences(these: dict, those: dict) -> list[str]:
 
 
 def collect(runs: Path, baselines: Path) -> None:
-    """Keep the finished cells of all suites; what was kept of other seeds stays unless the hyperparameters changed."""
+    """Keep the finished cells of all suites; what was kept of other seeds stays unless the hyperparameters changed.
+
+    Raises Refusal if what was kept is newer than the runs that would take its place.
+    """
     for row, cells in suite_rows(*SUITES).items():
         seeds = {}
         hyperparameters = None
@@ -169,8 +173,16 @@ def collect(runs: Path, baselines: Path) -> None:
         path = baselines / f"{file_name(row)}.json"
         if path.exists():
             old = read_object(path)
-            if not differences(old["hyperparameters"], hyperparameters):
-                seeds = {run["seed"]: run for run in old["seeds"]} | seeds
+            kept = {run["seed"]: run for run in old["seeds"]}
+            changed = differences(old["hyperparameters"], hyperparameters)
+            replaced = kept.keys() if changed else kept.keys() & seeds.keys()
+            newest = max(run["date"] for run in seeds.values())
+            if any(kept[seed].get("date", "") > newest for seed in replaced):
+                raise Refusal(f"{path} holds newer results than {runs}, which would take their place: delete either")
+            if changed:
+                print(f"{path.name}: {len(kept)} kept seeds are dropped, for {', '.join(changed)} changed")
+            else:
+                seeds = kept | seeds
         body = ",\n".join(json.dumps(seeds[seed]) for seed in sorted(seeds))  # a line per seed keeps diffs small
         top = json.dumps(dict(row=row, hyperparameters=hyperparameters), indent=1).removesuffix("\n}")
         replace_text(path, f'{top},\n "seeds": [\n{body}\n]}}\n')

@@ -157,7 +157,8 @@ def summary(found: dict) -> str:
         rows.append([*counts, f"{median(run['sps'] for run in runs):,.0f}", seconds])
     small, large = (f"{1e6 * found['all_reduce'][size]:.0f}" for size in ("10000", "1000000"))
     computed = ", ".join(f"{expected(found, count):,.0f} with {count}" for count in (4, 16, 64))
-    seeds = len(next(iter(found["settings"].values())))
+    counts = [len(runs) for runs in found["settings"].values()]
+    seeds = " to ".join(dict.fromkeys([str(min(counts)), str(max(counts))]))
     return f"""\
 CartPole-v1 on {found["cpu"]} with {found["cores"]} cores, {seeds} seeds, medians. Two cores can show that several
 processes work, but not how they scale: processes that wait for each other take these cores from one another. Strong

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import SCRIPTS
+from runs import script
 
 from benchmark import markdown, pictures, report
 from benchmark.__main__ import COMMANDS, main
@@ -161,6 +162,12 @@ def test_what_reaches_the_best_published_score(tmp_path, monkeypatch):
         ["barely", "X-v0", "1", "19.5 [19.0, 20.0]", "20 (p)", "-0.50", "open"],
     ]
     assert "single run" not in text
+    assert "the mean over ours" not in text
+    failed = line("failed", "10", 1, 10, 10, 10, 10)
+    told = " ".join(markdown.published_section([*lines, failed]).split())
+    assert "whatever its protocol: 3, of which 1 with their whole" in told
+    assert "By the mean over ours 2 are at or above; failed" in told
+    assert "pull below it: failed on X-v0 (8.20; 10.0)." in told
     for line, single in ((lines[0], "10.1"), (lines[1], "12")):
         line["reference"]["single_run"] = single
     text = markdown.published_section(lines)
@@ -442,6 +449,40 @@ def test_kept_seeds_stay_unless_hyperparameters_change(bench, tmp_path):
     assert [run["seed"] for run in json.loads(path.read_text())["seeds"]] == [3, 4]
     config.write_text(config.read_text().replace('"bonus": 1.0', '"bonus": 2.0'))
     assert bench("report") == 2
+
+
+@pytest.mark.parametrize("bonus", ["0.0", "1.0"])
+def test_older_runs_do_not_replace_kept_ones(bench, tmp_path, capsys, bonus):
+    """A directory of runs that was forgotten, with the same hyperparameters or those of another time."""
+    bench("run", "--suite", "toy", "--env", "Toy/Env-v0", "--workers", "4")
+    bench("report")
+    path = tmp_path / "benchmark" / "baselines" / "fake__Toy-Env-v0__1000.json"
+    before = path.read_text()
+    for seed in (1, 2, 3, 4):
+        folder = tmp_path / "runs" / f"fake__Toy-Env-v0__1000__{seed}"
+        config = folder / "config.json"
+        config.write_text(config.read_text().replace('"bonus": 0.0', f'"bonus": {bonus}'))
+        os.utime(folder / "result.json", (0, 0))
+    assert bench("report") == 2
+    assert "newer results than" in capsys.readouterr().err
+    assert path.read_text() == before
+
+
+def changed_hyperparameters(row: report.Row, kept: dict) -> list[str]:
+    """The kept hyperparameters that the script of a row has not got any more; of compile only the speed depends."""
+    algo, *flags = row[0].split()
+    settings = ["--env-id", row[1], "--total-timesteps", row[2], "--torch-threads", 1, *flags]
+    today = vars(script(algo).parse_args(list(map(str, settings))))
+    return [name for name in report.differences(kept, today) if name != "compile"]
+
+
+def test_the_kept_hyperparameters_are_those_of_today():
+    """Results of another environment's defaults, from a time when these were found in another way."""
+    baselines = ROOT / "benchmark" / "baselines"
+    kept = {row: report.read_hyperparameters(baselines, row) for row in report.read_baselines(baselines, *SUITES)}
+    assert {row: names for row in kept if (names := changed_hyperparameters(row, kept[row]))} == {}
+    row = ("ppo_clip", "HalfCheetah-v5", 1_000_000)
+    assert changed_hyperparameters(row, kept[row] | dict(gamma=0.9)) == ["gamma"]
 
 
 def test_a_flag_that_is_new_or_gone_is_no_other_hyperparameter(bench, tmp_path):
