@@ -934,7 +934,10 @@ def read_config(folder: Path) -> dict:
 
 
 def prepare_forks() -> None:
-    """What an environment forks ends by SIGTERM, on which closing it may wait, and leaves Ctrl-C to this process."""
+    """Let SIGTERM end what an environment forks, for closing it may wait for that; Ctrl-C is for this process alone.
+
+    So a SIGTERM to all processes ends such environments, too, and with them the run, at its last checkpoint.
+    """
     masks = []
 
     def before() -> None:
@@ -1090,6 +1093,9 @@ def share_memory(shared: Shared) -> None:
 def serve(connection: multiprocessing.connection.Connection, index: int, shared: Shared, args: Args) -> None:
     """The life of a worker in a process of its own; it ends with the first worker, even if that was killed."""
     threading.Thread(target=leave_with_parent, daemon=True).start()
+    for number in (signal.SIGINT, signal.SIGTERM):  # still not heard, but no longer by what environments start, too
+        signal.signal(number, lambda *_: None)
+    prepare_forks()
     torch.manual_seed(env_seed(args.seed, int(shared.steps[-1]) + index))
     torch.set_num_threads(args.torch_threads or os.cpu_count())
     envs = make_envs(args.env_id, args.num_envs, args.env_kwargs)

@@ -950,7 +950,10 @@ def read_config(folder: Path) -> dict:
 
 
 def prepare_forks() -> None:
-    """What an environment forks ends by SIGTERM, on which closing it may wait, and leaves Ctrl-C to this process."""
+    """Let SIGTERM end what an environment forks, for closing it may wait for that; Ctrl-C is for this process alone.
+
+    So a SIGTERM to all processes ends such environments, too, and with them the run, at its last checkpoint.
+    """
     masks = []
 
     def before() -> None:
@@ -1076,6 +1079,7 @@ class Processes:
         self.lost = 0  # samplers, so far
         self.connected = False  # to Ray
         self.guard = None  # ends what Ray has started, if this process is killed
+        self.others: list[int] = []  # processes from before Ray, such as wandb's
 
     def __enter__(self) -> "Processes":
         return self
@@ -1119,6 +1123,7 @@ class Processes:
 
     def start_ray(self) -> None:
         """Start Ray on this machine, for this run alone, or join the cluster."""
+        self.others = descendants(os.getpid())
         numbers = (signal.SIGINT, signal.SIGTERM)
         handlers = [signal.getsignal(number) for number in numbers]
         address = self.args.address or "local"
@@ -1135,16 +1140,17 @@ class Processes:
         try:
             self.ray.init(address, **options)
         finally:
+            for number, handler in zip(numbers, handlers):
+                signal.signal(number, handler)  # Ray has set its own
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
         self.connected = True
-        for number, handler in zip(numbers, handlers):
-            signal.signal(number, handler)  # Ray has set its own
         self.tell_guard()
 
     def tell_guard(self) -> None:
         """Say which processes are to be ended if this one is killed: some of Ray's would take a minute."""
         if self.guard:
-            pids = [str(pid) for pid in descendants(os.getpid()) if pid != self.guard.pid]
+            others = [self.guard.pid, *self.others]
+            pids = [str(pid) for pid in descendants(os.getpid()) if pid not in others]
             self.guard.stdin.write(f"{' '.join(pids)}\n".encode())
             self.guard.stdin.flush()
 

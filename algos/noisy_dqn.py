@@ -978,7 +978,10 @@ def read_config(folder: Path) -> dict:
 
 
 def prepare_forks() -> None:
-    """What an environment forks ends by SIGTERM, on which closing it may wait, and leaves Ctrl-C to this process."""
+    """Let SIGTERM end what an environment forks, for closing it may wait for that; Ctrl-C is for this process alone.
+
+    So a SIGTERM to all processes ends such environments, too, and with them the run, at its last checkpoint.
+    """
     masks = []
 
     def before() -> None:

@@ -367,6 +367,21 @@ def test_no_process_outlives_the_run(who, tmp_path):
         assert (run.rc, run.err) == (-signal.SIGKILL, "")
 
 
+@ours
+@pytest.mark.parametrize("seconds", [60])
+def test_workers_whose_environments_have_processes(module, seconds, tmp_path):
+    """Closing such an environment waits for a process that would inherit that its worker is deaf, for ever."""
+    settings = dict(env_id="envs:test/Simulated-v0", num_workers=2, run_dir="run")
+    done = Process(module.__file__, line(module, **settings), tmp_path, path=[TESTS, TESTS.parent]).wait(seconds)
+    assert done.rc == 0, done.err
+    assert result(tmp_path / "run")["processes"] == 2
+
+
+@bugs(("a3c", "    prepare_forks()\n    torch", "    torch"))
+def test_processes_of_environments_see(request, name, old, new):
+    fails_with_a_bug(request, test_workers_whose_environments_have_processes, name, old, new, seconds=15)
+
+
 def test_two_workers_finish_a_run(tmp_path):
     """Steps or episodes of one worker only, steps beyond the end, a worker that is not waited for."""
     settings = dict(total_timesteps=4000, num_envs=2, num_steps=8, num_workers=2, run_dir="run", lock=True)

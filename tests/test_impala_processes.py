@@ -1,10 +1,13 @@
 """IMPALA with real processes: they do what one process does, whoever is killed, and none outlives the run."""
 
+import io
 import json
 import os
 import re
 import signal
+import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -250,3 +253,16 @@ def test_a_signal_to_all(tmp_path, number):
     assert run.err.strip().splitlines()[-1] == f"impala.py: interrupted; {promise(tmp_path)}"
     assert "Traceback" not in run.err
     assert checkpoint(tmp_path / "run")["step"] == steps(tmp_path / "run")[-1]
+
+
+def test_the_guard_spares_what_was_there_before_ray():
+    """wandb's process, without which the end of the log is lost."""
+    before, after, guard = [subprocess.Popen(["cat"], stdin=subprocess.PIPE) for _ in range(3)]
+    told = io.BytesIO()
+    kept = SimpleNamespace(guard=SimpleNamespace(pid=guard.pid, stdin=told), others=[before.pid])
+    impala.Processes.tell_guard(kept)
+    for process in (before, after, guard):
+        process.communicate()
+    pids = list(map(int, told.getvalue().split()))
+    assert after.pid in pids
+    assert not {before.pid, guard.pid} & {*pids}
