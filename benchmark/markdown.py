@@ -85,14 +85,16 @@ Script is the beginning of the hash of the script's text: `git cat-file -p HASH`
 `git log --find-object HASH` names the commit that brought it. A run that was begun with another text has none. Texts
 change more often than results, in comments for instance: `python -m benchmark check --suite SUITE --neutral COMMIT`
 says which of today's scripts do what those of a commit did, bit for bit, and then trains the others on fresh seeds.
-Runs from before 24 November 2026 are of texts that were rewritten since, with the same hyperparameters but in another
-order of random numbers. They will be trained anew.
+Runs from before 24 November 2026 are of texts that were rewritten since, with the same hyperparameters but other random
+numbers: what is missing, above, names them, and they will be trained anew.
 """
 
+REWRITTEN = "2026-11-24"  # runs from before that day are of texts that were not changed in comments alone since
 MISSING = """\
-Some rows of the suites have not been run yet, or not with all of their seeds. `python -m benchmark run` with the suite
-that each line begins with makes them, and their bars and published scores are in [`references.csv`](references.csv).
-What begins with speed was not measured: `python -m benchmark speed` does so.
+Some rows of the suites have not been run yet, not with all of their seeds, or with the older text of a script that was
+rewritten since. `python -m benchmark run` with the suite that each line begins with makes them, and their bars and
+published scores are in [`references.csv`](references.csv). What begins with speed was not measured:
+`python -m benchmark speed` does so.
 """
 
 MEASURES = {  # by suite: title, what is said of the numbers beside the score, and the picture if there is one
@@ -295,15 +297,18 @@ def missing_section(baselines: Path) -> str:
     """The rows that the suites name, but that are not there with all of their seeds; empty if there are none."""
     seen = set()
     told: dict[tuple[str, str, int], list[str]] = defaultdict(list)
-    for suite in [*report.TABULATED, "ppo_paper"]:
+    for suite in [*report.TABULATED, "ppo_paper", "ci"]:
         kept = read_baselines(baselines, suite)
         for row, cells in report.suite_rows(suite).items():
-            there = len(kept.get(row, []))
-            if row in seen or there >= len(cells):
+            runs = kept.get(row, [])
+            is_old = any(run.get("date", REWRITTEN) < REWRITTEN for run in runs)
+            if row in seen or (len(runs) >= len(cells) and not is_old):
                 continue
             seen.add(row)
             algo, env_id, steps = row
-            told[suite, env_id, steps].append(f"{algo} ({there} of {len(cells)} seeds)" if there else algo)
+            states = [f"{len(runs)} of {len(cells)} seeds"] if 0 < len(runs) < len(cells) else []
+            states += ["older text"] if is_old else []
+            told[suite, env_id, steps].append(f"{algo} ({', '.join(states)})" if states else algo)
     lines = [f"- {suite}, {env}, {steps:,} steps: {', '.join(algos)}\n" for (suite, env, steps), algos in told.items()]
     measured = speed_entries(baselines)
     for task in speed.TASKS:

@@ -19,7 +19,7 @@ import pytest
 from conftest import SCRIPTS
 from runs import script
 
-from benchmark import markdown, pictures, report
+from benchmark import markdown, pictures, report, speed
 from benchmark.__main__ import COMMANDS, main
 from benchmark.run import Cell, command, file_name, parse_seeds, read_result, suite_cells
 from benchmark.suites import SUITES
@@ -542,27 +542,35 @@ def test_the_table_of_the_readme_by_hand(tmp_path, monkeypatch):
 
 
 def test_what_has_not_been_run_is_told(tmp_path, monkeypatch):
-    """Each row once, and those that lack some seeds only; what is whole is not named."""
+    """Each row once, and those that lack some seeds or are of older texts; what is whole is not named."""
     for suite in list(SUITES):
         monkeypatch.setitem(SUITES, suite, [])
     monkeypatch.setattr(report, "TABULATED", ["toy", "again"])
-    monkeypatch.setitem(SUITES, "toy", [("whole part none", "A-v0", 5000, "1-2", ""), ("none", "B-v0", 5, "1", "")])
+    monkeypatch.setitem(
+        SUITES, "toy", [("whole part none old both", "A-v0", 5000, "1-2", ""), ("none", "B-v0", 5, "1", "")]
+    )
     monkeypatch.setitem(SUITES, "again", [("none", "A-v0", 5000, "1-2", ""), ("whole", "A-v0", 5000, "1-2", "--k 3")])
     monkeypatch.setitem(SUITES, "ppo_paper", [("none", "C-v0", 5, "1", "--k 3")])
 
-    def keep(algo: str, runs: int) -> None:
+    def keep(algo: str, runs: int, date: str = markdown.REWRITTEN) -> None:
         row = (algo, "A-v0", 5000)
-        seeds = [dict(seed=seed) for seed in range(1, runs + 1)]
+        seeds = [dict(seed=seed, date=date) for seed in range(1, runs + 1)]
         (tmp_path / f"{file_name(row)}.json").write_text(json.dumps(dict(row=row, seeds=seeds)))
 
     keep("whole", 2)
     keep("part", 1)
+    keep("old", 2, "2026-11-23")
+    keep("both", 1, "2026-11-23")
+    monkeypatch.setattr(speed, "TASKS", [speed.Task("ours", "A-v0", 9, "sb3.X sbx.X", {}, {})])
+    (tmp_path / "speed.json").write_text(json.dumps(dict(tasks={"ours sb3.X A-v0": {}})))
     assert markdown.missing_section(tmp_path).split("\n\n")[1].splitlines() == [
-        "- toy, A-v0, 5,000 steps: part (1 of 2 seeds), none",
+        "- toy, A-v0, 5,000 steps: part (1 of 2 seeds), none, old (older text), both (1 of 2 seeds, older text)",
         "- toy, B-v0, 5 steps: none",
         "- again, A-v0, 5,000 steps: whole --k 3",
         "- ppo_paper, C-v0, 5 steps: none --k 3",
+        "- speed, A-v0: ours against sbx.X",
     ]
+    monkeypatch.setattr(speed, "TASKS", [])
     monkeypatch.setitem(SUITES, "toy", [("whole", "A-v0", 5000, "1-2", "")])
     for suite in ("again", "ppo_paper"):
         monkeypatch.setitem(SUITES, suite, [])
