@@ -333,17 +333,28 @@ def is_worker(pid: int) -> bool:
     return b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
 
 
+@ours
+def test_episodes_of_all_workers_count(module, tmp_path, monkeypatch):
+    """Here the other worker reports what the first one does."""
+    alone = metrics(trained(module, tmp_path / "alone", monkeypatch))
+    monkeypatch.setattr(module.Workers, "beside", lambda _, first: ([report, report] for report in first))
+    both = metrics(trained(module, tmp_path / "both", monkeypatch))
+    assert [row["episodes"] for row in both] == [2 * row["episodes"] for row in alone]
+    assert sum(row["episodes"] for row in alone) > 10
+
+
+@bugs(("a3c", "for episode_returns, _ in reports:", "for episode_returns, _ in reports[:1]:"))
+def test_episodes_of_all_workers_see(request, name, old, new):
+    fails_with_a_bug(request, test_episodes_of_all_workers_count, name, old, new)
+
+
 @pytest.mark.parametrize("who", ["worker", "parent", "Ctrl-C"])
 def test_no_process_outlives_the_run(who, tmp_path):
     """A worker killed, the first one killed, a signal to all: one sentence, a checkpoint, and nobody is left."""
     run = Process(a3c.__file__, signalling(tmp_path), tmp_path, path=[TESTS, TESTS.parent])
     folder = tmp_path / "run"
 
-    def both_work():
-        lines = metrics(folder, running=True) if (folder / "checkpoint.pt").exists() else [dict(global_step=0)]
-        return lines[-1]["global_step"] % 32 == 0 and any(map(is_worker, children(run.pid)))
-
-    wait_until(both_work)
+    wait_until(lambda: (folder / "checkpoint.pt").exists() and any(map(is_worker, children(run.pid))))
     started = children(run.pid)
     (worker,) = filter(is_worker, started)
     wait_until(lambda: max(np.diff(steps(folder, running=True)), default=0) > 32)  # a line with reports of both

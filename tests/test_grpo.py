@@ -383,6 +383,8 @@ def test_groups_and_ratios_of_a_run(module, tmp_path, monkeypatch):
     given = dict(prompts=write_prompts(tmp_path), temperature=0.7, num_minibatches=1, num_responses=12)
     module.train(tiny(module, tmp_path, num_generations=4, **given))
     words = module.Words(module.Countdown(tiny(module, tmp_path, prompts=given["prompts"])).words)
+    mask = seen[0]["real"][:, -T:]
+    assert (seen[0]["ref_log_probs"] == seen[0]["log_probs"])[mask].all()  # the actor starts as the reference
     prompts = set()
     for batch in seen:
         mask = batch["real"][:, -T:]
@@ -406,6 +408,8 @@ def test_groups_and_ratios_of_a_run(module, tmp_path, monkeypatch):
     ("grpo", "[prompt for prompt in task.prompts(N // G) for _ in range(G)]", "task.prompts(N // G) * G"),
     ("grpo", "log_probs = response_policy(actor, tokens, real, T, args.temperature)",
      "log_probs = response_policy(actor, tokens, real, T, 1.0)"),
+    ("grpo", "response_policy(reference, tokens, real, T, args.temperature)",
+     "response_policy(reference, tokens, real, T, 1.0)"),
     ("grpo", "{name: column[rows] for name, column in batch.items()}",
      "{name: column[rows if name != 'advantages' else rows.flip(0)] for name, column in batch.items()}"),
 )  # fmt: skip

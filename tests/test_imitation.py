@@ -273,6 +273,33 @@ def test_gradient_is_reinforce_with_weight_1(module, space):
     assert metrics["loss"].item() == pytest.approx(-log_prob(agent, obs, actions).mean().item())
 
 
+@each_imitation
+def test_gradient_step(module, tmp_path, monkeypatch):
+    """Weights that decay by themselves, beside Adam's step, not through the gradient; or that do not."""
+    seen = []
+    descend = module.descend
+
+    def watched(optimizer, gradients):
+        before = {parameter: parameter.detach().clone() for parameter in gradients}
+        given = {parameter: gradient.clone() for parameter, gradient in gradients.items()}
+        descend(optimizer, gradients)
+        seen.append([(before[p], given[p], p.detach() - before[p]) for p in before])
+
+    monkeypatch.setattr(module, "descend", watched)
+    learn(module, tmp_path, learning_rate=0.01, weight_decay=0.5)
+    for weight, gradient, move in seen[0]:
+        expected = -0.01 * (0.5 * weight + gradient / (gradient.abs() + 1e-8))
+        torch.testing.assert_close(move, expected, atol=1e-6, rtol=1e-4)
+
+
+@bugs(
+    ("behavior_cloning", "torch.optim.AdamW(", "torch.optim.Adam("),
+    ("dagger", "weight_decay=args.weight_decay,", "weight_decay=args.weight_decay / 9,"),
+)
+def test_gradient_step_sees(request, name, old, new):
+    fails_with_a_bug(request, test_gradient_step, name, old, new)
+
+
 LOSS = 'loss = -policy.log_prob(batch["actions"]).mean()'
 
 

@@ -432,6 +432,7 @@ def test_copies_see(request, name, old, new):
 def test_without_lag_it_is_a2c(module, monkeypatch, tmp_path, optimizer):
     """Any difference from a2c.py with lambda = 1 that is not V-trace's: in collecting, normalising or updating."""
     given = dict(optimizer=optimizer, norm_reward=True, anneal_lr=True, learning_rate=1e-2)
+    given |= dict(clip_reward=optimizer == "adam")
     found = checkpoint(train_on_tagged(module, tmp_path / "impala", **given))
     rows = metrics(tmp_path / "impala" / "run")
     spy(monkeypatch, a2c.Run, "__init__", after=lambda *_: torch.manual_seed(a2c.env_seed(3)))
@@ -455,6 +456,7 @@ def test_without_lag_it_is_a2c(module, monkeypatch, tmp_path, optimizer):
     ("impala", "agent.reward_norm.update(batch", "agent.reward_norm.update(2 * batch"),
     ("impala", "max_norm=args.max_grad_norm", "max_norm=1.0"),
     ("impala", "advantages[valid].std()", "advantages.std()"),
+    ("impala", "reward.clip(-1, 1)", "reward.clip(-2, 2)"),
 )
 def test_without_lag_sees(request, name, old, new):
     fails_with_a_bug(request, test_without_lag_it_is_a2c, name, old, new, optimizer="adam")

@@ -156,6 +156,44 @@ def test_every_real_token_counts(module, tmp_path, monkeypatch):
     assert (batch["advantages"] * mask != 0).sum() == mask.sum() < mask.numel()
 
 
+@ours
+def test_advantages_and_returns_of_a_run(module, tmp_path, monkeypatch):
+    """By a loop: the critic learns returns of the advantages as they are [torchrl#1033], the actor whitened ones."""
+    rewards = []
+    values = []
+    spy(monkeypatch, module.Critic, "__init__", after=lambda _, critic, *__: torch.nn.init.normal_(critic.head.weight))
+    spy(monkeypatch, module.Critic, "forward", after=lambda found, *_: values.append(found))
+    spy(monkeypatch, module, "token_rewards", after=lambda found, *_: rewards.append(found[0]))
+    monkeypatch.setattr(module.torch, "randperm", lambda n, **_: torch.arange(n))
+    given = dict(reward_model="language:length", num_responses=40, total_timesteps=1000, num_minibatches=1)
+    (batch,) = first_batch(module, tmp_path, monkeypatch, gamma=0.9, gae_lambda=0.7, **given)
+    mask = batch["real"][:, -T:]
+    expected = torch.zeros(40, T)
+    for row, length in enumerate(mask.sum(1).tolist()):
+        following = 0.0  # there is no value behind the last token
+        advantage = 0.0
+        for t in reversed(range(length)):
+            value = values[0][row, t].item()
+            advantage = rewards[0][row, t].item() + 0.9 * following - value + 0.9 * 0.7 * advantage
+            expected[row, t] = advantage
+            following = value
+    torch.testing.assert_close(batch["returns"][mask], (expected + values[0][:, :-1])[mask], atol=1e-4, rtol=1e-4)
+    real = expected[mask]
+    assert 40 < len(real) < 40 * T
+    torch.testing.assert_close(
+        batch["advantages"][mask], (real - real.mean()) / real.std(correction=0), atol=1e-3, rtol=1e-3
+    )
+
+
+@bugs(
+    ("ppo_rlhf", "last.T, last.T, args.gamma, args.gae_lambda)", "last.T, last.T, args.gae_lambda, args.gamma)"),
+    ("ppo_rlhf", "returns = advantages + values", "returns = whiten(advantages, mask) + values"),
+    ("ppo_rlhf", "advantages = whiten(advantages, mask)", "advantages = whiten(advantages, mask | True)"),
+)
+def test_advantages_and_returns_see(request, name, old, new):
+    fails_with_a_bug(request, test_advantages_and_returns_of_a_run, name, old, new)
+
+
 # The ratio
 
 
@@ -577,6 +615,28 @@ def test_what_people_chose_is_learned(module, tmp_path):
     assert module.train(args)["rm_accuracy"] == 1.0
 
 
+@ours
+def test_a_tenth_of_the_pairs_is_held_out(module, tmp_path, monkeypatch):
+    """Choices that were learned are no measure of what is foreseen."""
+    rows = [dict(prompt="the food was", chosen=f"good w{i}", rejected=f"bad w{i}") for i in range(50)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    learned = set()
+    judged = set()
+    spy(
+        monkeypatch, module, "reward_loss", before=lambda _, batch: learned.update(map(tuple, batch["chosen"].tolist()))
+    )
+    spy(monkeypatch, module, "score", before=lambda _, tokens, __: judged.update(map(tuple, tokens.tolist())))
+    spy(monkeypatch, module.ScoreNorm, "fit", before=lambda *_: monkeypatch.undo())  # what is judged later is sampled
+    module.train(tiny(module, tmp_path, preferences=str(tmp_path / "pairs.jsonl")))
+    assert len(learned) == 45
+    assert not learned & judged
+
+
+@bugs(("ppo_rlhf", "    rows = rows[len(held_out) :]\n", ""))
+def test_held_out_pairs_see(request, name, old, new):
+    fails_with_a_bug(request, test_a_tenth_of_the_pairs_is_held_out, name, old, new)
+
+
 # The optimum
 
 
@@ -679,6 +739,8 @@ def test_four_models(module, tmp_path, monkeypatch):
             moved.add(frozenset(names))
 
     spy(monkeypatch, module, "descend", before=before, after=after)
+    started = []  # from which the reward model is fitted
+    spy(monkeypatch, module, "fit_reward_model", before=lambda model, *_: started.append(leaves_of(model.state_dict())))
     module.train(tiny(module, tmp_path, total_timesteps=100))
     end = leaves(saved(tmp_path))
     for name, leaf in states[-1].items():
@@ -688,6 +750,8 @@ def test_four_models(module, tmp_path, monkeypatch):
     for name in ("token_embedding.weight", "blocks.0.output.weight"):
         assert torch.equal(states[-1][f"/critic/body.{name}"], states[-1][f"/reward_model/body.{name}"])
         assert torch.equal(states[-1][f"/actor/body.{name}"], states[-1][f"/reference/body.{name}"])
+        assert torch.equal(started[0][f"/body.{name}"], states[-1][f"/reference/body.{name}"])
+        assert torch.equal(states[0][f"/critic/body.{name}"], states[0][f"/actor/body.{name}"])
         assert not torch.equal(end[f"/actor/body.{name}"], end[f"/reference/body.{name}"])
     assert (states[-1]["/critic/head.weight"] == 0).all()
 
@@ -700,6 +764,8 @@ def leaves_of(part):
     ("ppo_rlhf", "reference = copy.deepcopy(actor).requires_grad_(False)", "reference = actor"),
     ("ppo_rlhf", "critic = Critic(copy.deepcopy(actor.body))", "critic = Critic(actor.body)"),
     ("ppo_rlhf", "            critic.body.load_state_dict(reward_model.body.state_dict())\n", ""),
+    ("ppo_rlhf", "            reward_model.body.load_state_dict(reference.body.state_dict())\n", ""),
+    ("ppo_rlhf", "        critic.body.load_state_dict(actor.body.state_dict())\n", ""),
 )
 def test_four_models_see(request, name, old, new):
     fails_with_a_bug(request, test_four_models, name, old, new)

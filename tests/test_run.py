@@ -406,7 +406,7 @@ def test_overhead_of_a_cell_is_small(bench, tmp_path):
     alone = time.perf_counter() - start
     start = time.perf_counter()
     assert bench("--workers", "1", row=("fake", "Toy-v0", 10, "1-8", "")) == 0
-    assert (time.perf_counter() - start) / 8 - alone < 1
+    assert (time.perf_counter() - start) / 8 - alone < 3
 
 
 @pytest.fixture

@@ -41,6 +41,23 @@ def learn(module, folder, name, **given):
     return agents[0], found
 
 
+@each_prediction
+def test_the_step_size_falls_to_0(module, tmp_path, monkeypatch):
+    """By the environment steps so far, whatever the number of environments, also resumed."""
+    shares = []
+    spy(monkeypatch, module, "anneal", before=lambda _, share: shares.append(share))
+    learn(module, tmp_path, "test/Tagged-v0", total_timesteps=300)
+    assert shares == pytest.approx([1 - t / 300 for t in range(0, 300, 4)])
+    shares.clear()
+    learn(module, tmp_path, "test/Tagged-v0", total_timesteps=600, resume=str(tmp_path / "run"))
+    assert shares == pytest.approx([1 - t / 600 for t in range(300, 600, 4)])
+
+
+@bugs(("td_prediction", "1 - (step - N) / args", "1 - step / args"))
+def test_step_sizes_see(request, name, old, new):
+    fails_with_a_bug(request, test_the_step_size_falls_to_0, name, old, new)
+
+
 def linear(module, states):
     """An agent that has a number for each state, 0 at the start."""
     agent = module.Agent(Discrete(states), module.Args())
