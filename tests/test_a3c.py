@@ -390,7 +390,7 @@ def test_workers_whose_environments_have_processes(module, seconds, tmp_path):
 
 @bugs(("a3c", "    prepare_forks()\n    torch", "    torch"))
 def test_processes_of_environments_see(request, name, old, new):
-    fails_with_a_bug(request, test_workers_whose_environments_have_processes, name, old, new, seconds=15)
+    fails_with_a_bug(request, test_workers_whose_environments_have_processes, name, old, new, seconds=10)
 
 
 def test_two_workers_finish_a_run(tmp_path):

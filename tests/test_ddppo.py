@@ -272,12 +272,12 @@ def test_a_killed_process_ends_the_run(rank, tmp_path):
 @ours
 def test_a_process_that_does_not_answer(tmp_path, module):
     """An environment that hangs: the other process waits for `timeout` seconds, not for ever."""
-    argv = signalling(tmp_path, dict(pause=0.001), "--timeout", 6)
+    argv = signalling(tmp_path, dict(pause=0.001), "--timeout", 4)
     first, second = start_processes(module.__file__, argv, tmp_path)
     wait_until((tmp_path / "run" / "checkpoint.pt").exists)
     os.kill(second.pid, signal.SIGSTOP)
     try:
-        first.wait(20)
+        first.wait(12)
     finally:
         os.kill(second.pid, signal.SIGKILL)
         second.wait()

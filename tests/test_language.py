@@ -899,8 +899,8 @@ def test_models_and_data_sets_that_cannot_be_loaded(module, hub, tmp_path, monke
         data += ["--preferences", str(tmp_path / "empty")]
     else:
         data += ["--reward-function", "language:length"]
-    long = ["--model", str(hub / "gpt"), "--max-prompt-tokens", "60"]
+    long = ["--model", str(hub / "gpt"), "--max-prompt-tokens", "510"]
     for argv in (model, data, long):
-        with pytest.raises(module.Refusal, match=r"could not be loaded|holds no|takes 64 tokens"):
+        with pytest.raises(module.Refusal, match=r"could not be loaded|holds no|takes 512 tokens"):
             module.train(module.parse_args([*argv, "--run-dir", str(tmp_path / "run"), *dashed(module)]))
         assert not (tmp_path / "run").exists()

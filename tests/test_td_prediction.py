@@ -11,7 +11,7 @@ import torch.nn as nn
 from conftest import make_args, spy
 from gymnasium.spaces import Box, Discrete
 from off_policy import bugs, flat, key, transitions
-from runs import arguments, each, fails_with_a_bug, finished_run, planted, script
+from runs import arguments, each, fails_with_a_bug, finished_run, name_of, planted, script
 
 from algos import td_prediction
 
@@ -577,7 +577,7 @@ OTHERS = [script(name) for name in ("ppo_clip", "a3c", "dqn", "rainbow", "td3", 
 
 @each(OTHERS)
 def test_policies_of_other_scripts(module, tmp_path):
-    """What the run's own agent does, greedily; and its exploration as at the end of training."""
+    """What the network does that its run was evaluated with, greedily; its exploration as at the end of training."""
     folder = finished_run(module, tmp_path / "run")
     env_id = module.Args.env_id
     made = module.make_envs(env_id, 4)
@@ -587,7 +587,7 @@ def test_policies_of_other_scripts(module, tmp_path):
     args = module.parse_args(["--resume", str(folder)])
     takes_space = hasattr(module, "RunningNorm")
     agent = module.Agent(spaces[0], spaces[1] if takes_space else gym.spaces.flatdim(spaces[1]), args)
-    agent.load_state_dict(torch.load(folder / "checkpoint.pt")["agent"])
+    agent.load_state_dict(torch.load(folder / "checkpoint.pt")["target" if name_of(module) == "td3" else "agent"])
     assert (loaded.act(obs, greedy=True) == agent.act(obs, greedy=True)).all()
     if hasattr(agent, "epsilon"):  # noise on the weights takes its place in Rainbow
         assert loaded.epsilon == (0 if hasattr(args, "noisy") else args.end_e) < 1
