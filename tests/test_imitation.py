@@ -540,7 +540,7 @@ def test_demonstrators_without_a_run(module):
 
 
 @each_imitation
-@pytest.mark.parametrize("name", ["ppo_clip", "dqn", "td3", "a3c"])
+@pytest.mark.parametrize("name", ["ppo_clip", "dqn", "ddpg", "td3", "a3c"])
 def test_a_run_as_demonstrator(module, name, tmp_path):
     """Its greedy actions as the environment takes them, by the network that its own run was evaluated with."""
     teacher = script(name)
@@ -553,10 +553,35 @@ def test_a_run_as_demonstrator(module, name, tmp_path):
     obs = np.stack([made.single_observation_space.sample() for _ in range(20)]).clip(-3, 3)
     expected = module.action_map(made.single_action_space)(agent.act(obs, greedy=True))
     assert (act(obs) == expected).all()
-    evaluated = checkpoint(folder)["target" if name == "td3" else "agent"]
+    evaluated = checkpoint(folder)["target" if name in ("ddpg", "td3") else "agent"]
     assert all((agent.state_dict()[key] == value).all() for key, value in evaluated.items())
     found = module.train(args)
     assert np.isfinite(found["demonstrator_mean"])
+
+
+@each_imitation
+def test_a_fixed_deviation_of_a_resumed_run(module, tmp_path):
+    """The flag of today counts, not what the checkpoint holds; one that is learned goes on from there."""
+    for learned in (False, True):
+        folder = tmp_path / str(learned)
+        given = dict(env_id="test/TaggedBox-v0", learn_std=learned)
+        learn(module, folder, **given, log_std_init=-1.0)
+        before = checkpoint(folder / "run")["agent"]["log_std"]
+        learn(module, folder, **given, log_std_init=-2.0, resume=str(folder / "run"), total_timesteps=1280)
+        after = checkpoint(folder / "run")["agent"]["log_std"]
+        if learned:
+            assert (after > -1.5).all()
+            assert not (before == -1).any()
+        else:
+            assert (after == -2).all()
+
+
+@bugs(
+    ("behavior_cloning", "if not (agent.discrete or args.learn_std):", "if False:"),
+    ("dagger", "if not (agent.discrete or args.learn_std):", "if False:"),
+)
+def test_fixed_deviations_see(request, name, old, new):
+    fails_with_a_bug(request, test_a_fixed_deviation_of_a_resumed_run, name, old, new)
 
 
 @each_imitation

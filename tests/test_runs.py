@@ -749,6 +749,9 @@ def test_episodes_of_a_long_run_that_is_resumed(module, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "make_envs", make)
     resume(module, folder, "--total-timesteps", saved["step"] + 256)
     assert 1_000_000 <= seeds[0] < 1_500_000 <= seeds[-1] < 2_000_000
+    first = {module.train_seed(1, step) for step in range(1024)}
+    later = {module.train_seed(1, 100_000 * i) for i in range(1, 200)}
+    assert not first & later, "at a round number of steps the first episodes come again"
 
 
 @each_module
@@ -1153,7 +1156,8 @@ def test_tracking_offline(module, tmp_path):
         (test_schedules_go_on_in_a_resumed_run, "ppo_clip", "iteration / num", "(iteration - first_iteration) / num"),
         (test_the_log_goes_on_when_steps_come_in_other_numbers, "td3", "% log_every < N", "% log_every == 0"),
         (test_the_log_goes_on_when_steps_come_in_other_numbers, "dagger", "% log_every < B", "% log_every == 0"),
-        (test_episodes_of_a_long_run_that_is_resumed, "ppo_clip", " % 499_979", ""),
+        (test_episodes_of_a_long_run_that_is_resumed, "ppo_clip", " % 498_973", ""),
+        (test_episodes_of_a_long_run_that_is_resumed, "ppo_clip", "498_973", "500_000"),
         (test_a_new_learning_rate_counts_in_a_resumed_run, "td3", "state | dict(param_groups", "state | dict(_"),
         (test_an_evaluation_without_end_is_cut, "ppo_clip", "for _ in range(max_steps)", "for _ in range(99)"),
         (test_an_evaluation_without_end_is_cut, "td3", "eval_cut=int(running.sum())", "eval_cut=0"),
