@@ -38,6 +38,7 @@ class Board:
 
 def train(cell: Cell, script: str | None, board: Any) -> tuple[int, str, dict[str, bytes]]:
     """Run the script's text in a temporary folder of a node; exit code, output and files of the run."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # of a cancelled task; `nohup ray start &` ignores it
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         run_dir = folder / "run"

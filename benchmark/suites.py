@@ -4,23 +4,19 @@
 FIRST_MILLION = "--learning-rate 1e-3 --clip-coef 0.2 --no-anneal-clip --update-epochs 4"
 
 # name: rows of (algorithms, environment, steps, seeds, flags beside the defaults, such as "--num-envs 8").
-# `ci` is small enough for every commit. Where it trains less than another suite, it has a bar of its own. The seeds of
-# `unsteady` rows lie so far apart that a few fresh ones cannot show the loss of a fifth: `check` has little power
-# there.
+# `ci` is small enough for every commit; its longest rows come first, so that no core waits for one at the end. Where it
+# trains less than another suite, it has a bar of its own. The seeds of `unsteady` rows lie so far apart that a few
+# fresh ones cannot show the loss of a fifth: `check` has little power there.
 SUITES = {
     "ci": [
-        ("ppo_clip", "CartPole-v1", 50_000, "1-10", ""),
+        ("sac td3 ddpg", "Pendulum-v1", 10_000, "1-10", ""),
+        ("dqn double_dqn dueling_dqn c51 qr_dqn", "CartPole-v1", 50_000, "1-10", ""),
         ("ppo_clip", "Acrobot-v1", 100_000, "1-10", ""),
         ("ppo_clip", "Pendulum-v1", 80_000, "1-10", ""),
-        ("npg trpo trpo_penalty ppo_kl", "CartPole-v1", 50_000, "1-10", ""),
+        ("actor_critic reinforce deep_sarsa", "CartPole-v1", 200_000, "1-10", ""),
         ("a2c", "CartPole-v1", 150_000, "1-10", ""),
-        ("reinforce", "CartPole-v1", 200_000, "1-10", ""),
-        ("actor_critic", "CartPole-v1", 200_000, "1-10", ""),
-        ("dqn double_dqn dueling_dqn", "CartPole-v1", 50_000, "1-10", ""),
-        ("c51 qr_dqn", "CartPole-v1", 50_000, "1-10", ""),
         ("pqn", "CartPole-v1", 100_000, "1-10", ""),
-        ("deep_sarsa", "CartPole-v1", 200_000, "1-10", ""),
-        ("ddpg td3 sac", "Pendulum-v1", 10_000, "1-10", ""),
+        ("npg trpo trpo_penalty ppo_kl ppo_clip", "CartPole-v1", 50_000, "1-10", ""),
     ],
     "classic": [
         ("reinforce actor_critic", "CartPole-v1", 200_000, "1-10", ""),
