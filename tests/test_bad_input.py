@@ -353,7 +353,18 @@ class Unpainted(OnScreen):
         raise gym.error.DependencyNotInstalled("nothing is installed that could render")
 
 
-@pytest.mark.parametrize("env", [Own, OnScreen, Unpainted])
+class Unlit(OnScreen):
+    """It has no library for graphics: PyOpenGL raises this as soon as MuJoCo makes its renderer."""
+
+    metadata = dict(render_modes=["rgb_array"])  # noqa: RUF012
+
+    def __init__(self, actions, render_mode=None):
+        super().__init__(actions)
+        if render_mode:
+            raise AttributeError("'NoneType' object has no attribute 'render'")
+
+
+@pytest.mark.parametrize("env", [Own, OnScreen, Unpainted, Unlit])
 @each_back
 def test_an_environment_without_pictures(module, env, own, tmp_path):
     """--capture-video that fails when all has been trained, because there is nothing to film."""

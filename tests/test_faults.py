@@ -8,6 +8,7 @@ import os
 import pickle
 import re
 import signal
+import subprocess
 import sys
 import time
 import traceback
@@ -523,6 +524,33 @@ def test_an_environment_with_a_process_of_its_own(module, seconds, tmp_path):
     assert "saving and stopping" not in done.err
 
 
+FORK = """
+import importlib.util, os, signal, sys
+spec = importlib.util.spec_from_file_location("script", sys.argv[1])
+script = sys.modules["script"] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(script)
+signal.signal(signal.SIGTERM, lambda *_: None)
+seen = []
+note = lambda: seen.append(signal.SIGTERM in signal.pthread_sigmask(signal.SIG_BLOCK, []))
+os.register_at_fork(before=note, after_in_parent=note, after_in_child=note)  # the last before, the first after it
+script.prepare_forks()
+note()
+child = os.fork()
+note()
+if child:
+    os.waitpid(child, 0)
+print(seen, child > 0, signal.getsignal(signal.SIGTERM) is signal.SIG_DFL, flush=True)
+"""
+
+
+@each_back
+def test_no_signal_gets_lost_in_a_fork(module):
+    """SIGTERM comes when a process has been forked, but still has this one's handler: it would only take a note."""
+    done = subprocess.run([sys.executable, "-c", FORK, module.__file__], capture_output=True, text=True, timeout=60)
+    seen = [False, True, True, False]  # waits for both to be ready, and only as long
+    assert done.stdout == f"{seen} False True\n{seen} True False\n", done.stderr
+
+
 @each_back
 def test_kill_and_resume(module, tmp_path, monkeypatch):
     """SIGKILL in the middle of a run, which can say and save nothing: the rest of it fits on to the checkpoint."""
@@ -723,6 +751,7 @@ def test_a_run_without_a_config(module, tmp_path):
             test_an_environment_with_a_process_of_its_own, dict(seconds=6),
             "ppo_clip", "    prepare_forks()\n", "",
         ),
+        (test_no_signal_gets_lost_in_a_fork, {}, "ppo_clip", "SIG_BLOCK, {signal.SIGTERM}", "SIG_BLOCK, set()"),
         (
             test_a_damaged_checkpoint, dict(damage="hostile"),
             "td3", 'torch.load(path, map_location="cpu")', "torch.load(path, weights_only=False)",

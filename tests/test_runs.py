@@ -1021,13 +1021,14 @@ class Filmed(Dice):
 
     metadata = dict(render_modes=["rgb_array"], render_fps=10)  # noqa: RUF012
 
-    def __init__(self, continuous=False, render_mode=None):
+    def __init__(self, continuous=False, render_mode=None, length=0):
         super().__init__(continuous)
         self.render_mode = render_mode
+        self.given = length
 
     def reset(self, *, seed=None, options=None):
         obs, info = super().reset(seed=seed)
-        self.length = self.left = int(self.np_random.integers(2, 20))
+        self.length = self.left = self.given or int(self.np_random.integers(2, 20))
         return obs, info
 
     def step(self, action):
@@ -1035,7 +1036,7 @@ class Filmed(Dice):
         return obs, 1.0, terminated, truncated, info
 
     def render(self):
-        return np.full((8, 8, 3), [self.length - self.left, self.length, 0], np.uint8)
+        return np.full((8, 8, 3), [(self.length - self.left) % 256, self.length % 256, 0], np.uint8)
 
 
 gym.register("test/Filmed-v0", Filmed)
@@ -1055,6 +1056,18 @@ def test_the_film_is_of_the_first_episode_of_the_evaluation(module, tmp_path, mo
     assert length < max(written["eval_returns"]), "this one is meant to be shorter"
     assert [tuple(frame[0, 0]) for frame in frames] == [(t, length, 0) for t in range(length)]
     assert folder == str(tmp_path / "run")
+
+
+@each_back
+def test_a_film_has_an_end(module, tmp_path, monkeypatch):
+    """The pictures of 27,000 steps may not fit into the memory; the score is of the whole episode all the same."""
+    films = []
+    video = importlib.import_module("gymnasium.utils.save_video")
+    monkeypatch.setattr(video, "save_video", lambda frames, *_, **options: films.append(len(frames)))
+    monkeypatch.setattr(module, "evaluate", functools.partial(module.evaluate, max_steps=3010))
+    settings = dict(env_id=environment(module, "Filmed"), eval_episodes=1, capture_video=True)
+    written = module.train(arguments(module, tmp_path / "run", env_kwargs='{"length": 100000}', **settings))
+    assert (films, written["eval_returns"]) == ([3000], [3010])
 
 
 def test_a_picture_of_atari():
@@ -1167,6 +1180,7 @@ def test_tracking_offline(module, tmp_path):
         (test_arguments_of_the_environment_reach_it, "td3", "eval_episodes, args.env_kwargs", "eval_episodes, ''"),
         (test_the_family_of_an_environment, "ppo_clip", "name in family.split()", "family.split()[0] in env_id"),
         (test_the_film_is_of_the_first_episode_of_the_evaluation, "td3", "video and running[0] and", "video and"),
+        (test_a_film_has_an_end, "td3", "len(frames) < 3000", "len(frames) < 30_000"),
         (test_tracking, "td3", "id=self.wandb_id", "id=str(time.time_ns())"),
         (test_tracking, "ppo_clip", "entity=args.wandb_entity or None", "entity=None"),
     ],
