@@ -14,7 +14,7 @@ epochs of minibatches.
 A is estimated by GAE(lambda) under the old policy, and R = A + V_old.
 
     python algos/ppo_clip.py --env-id CartPole-v1       # 500 after 100,000 steps
-    python algos/ppo_clip.py --env-id HalfCheetah-v5    # 6,300 after 1M steps
+    python algos/ppo_clip.py --env-id HalfCheetah-v5    # 5,200 after 1M steps
 
 Not in the paper: advantages and (on some environments) rewards and observations are normalised, the step size falls to
 0 on MuJoCo, too, gradients are clipped, layers start orthogonal, and actions in [-1, 1] are scaled to the bounds of the

@@ -61,11 +61,10 @@ As in the paper, leaving out both clip and penalty is by far the worst choice, e
 and A2C and the plain policy gradient stay behind. Unlike there, the adaptive KL does not lie between no clipping and
 eps = 0.2 but level with the latter: ahead on HalfCheetah and Hopper, behind on Walker2d, and on each of them the runs
 of the two overlap. Without clip or penalty the score is small but not negative, for HalfCheetah, which made it negative
-in the paper, ends above the random policy here. On Hopper and Walker2d eps = 0.2 comes near the 2,300 and 3,450 or so
-of the paper's Figure 3; on HalfCheetah it is far above the 1,800 there. On InvertedPendulum all settings but the worst
-come to the 1,000 that an episode can bring, or close to it. The paper's scores are over seven environments; one enters
-this table when every setting has been run there:
-`python -m benchmark run --suite ppo_paper`.
+in the paper, ends above the random policy here. On Hopper eps = 0.2 comes near the 2,300 or so of the paper's Figure 3;
+on Walker2d it is above the 3,450 there and on HalfCheetah far above the 1,800. On InvertedPendulum all settings but the
+worst come to the 1,000 that an episode can bring, or close to it. The paper's scores are over seven environments; one
+enters this table when every setting has been run there: `python -m benchmark run --suite ppo_paper`.
 """
 MUJOCO_TEXT = """\
 HalfCheetah, Hopper and Walker2d at a million steps taken together, as Agarwal et al. (2021) recommend: 0 is the random
