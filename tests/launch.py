@@ -7,13 +7,14 @@ import resource
 import runpy
 import signal
 import sys
+import sysconfig
 import time
 from pathlib import Path
 
 TINY = dict(  # settings for a run of a second; a script takes those that it has
     num_envs=2, num_steps=16, num_minibatches=2, update_epochs=1, eval_episodes=2, torch_threads=1,
-    batch_size=16, buffer_size=1000, learning_starts=32, hidden_size=16, log_every=64, compile=False, num_workers=1,
-    num_samplers=0, max_lag=0,
+    batch_size=16, buffer_size=1000, learning_starts=32, train_frequency=4, hidden_size=16, log_every=64,
+    compile=False, num_workers=1, num_samplers=0, max_lag=0,
     num_responses=4, max_new_tokens=6, num_demonstrations=40, sft_steps=2, num_pairs=20, rm_epochs=1, num_layers=1,
     num_generations=2,
     demonstrations="uniform", play_every=64,
@@ -23,6 +24,7 @@ SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
     ["pytest", "numpy", "torch", "torch._dynamo", "gymnasium", "tyro", "tqdm", "moviepy", "wandb"]
 )
+INSTALLED = [sysconfig.get_path(kind) for kind in ("stdlib", "purelib", "platlib")]
 
 
 def tiny(module, **settings) -> dict:
@@ -56,6 +58,8 @@ def _main(task: dict) -> None:
         sys.modules[task["hide"]] = None
     if task["disk"]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (task["disk"], task["disk"]))
+    if task["alone"]:
+        sys.path = [path for path in sys.path if any(map(Path(path).is_relative_to, INSTALLED))]
     sys.path[:0] = task["path"]
     sys.argv = task["argv"]
     try:
@@ -69,11 +73,11 @@ class Process:
 
     `environ` changes the environment (None takes a variable away), `path` goes before the module search path, the
     package `hide` cannot be imported, with `terminal`, the path of one, both streams go there, and no file can grow
-    beyond `disk` bytes.
+    beyond `disk` bytes. `alone`, it finds nothing but what is installed.
     """
 
     def __init__(
-        self, script: Path, argv: list, cwd: Path, environ=None, path=(), hide: str = "", terminal: str = "", disk=0
+        self, script: Path, argv: list, cwd: Path, environ=None, path=(), hide="", terminal="", disk=0, alone=False
     ):
         self.files = [] if terminal else [Path(cwd, f".{os.urandom(4).hex()}.{name}") for name in ("out", "err")]
         task = dict(
@@ -84,6 +88,7 @@ class Process:
             path=[str(folder) for folder in path],
             hide=hide,
             disk=disk,
+            alone=alone,
         )
         self.process = SERVER.Process(target=_main, args=(task,))
         self.process.start()

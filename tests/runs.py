@@ -77,6 +77,14 @@ def start(module, folder: Path, *argv, **how) -> Process:
     return Process(module.__file__, argv, folder, **how)
 
 
+def run_alone(file: Path, folder: Path, argv: list) -> tuple[Path, str]:
+    """Run a copy of the file in an empty folder, with nothing but what is installed; its directory, what it said."""
+    done = Process(shutil.copy(file, folder), argv, folder, alone=True).wait()
+    assert done.rc == 0, done.out + done.err
+    (run_dir,) = (folder / "runs").iterdir()
+    return run_dir, done.out + done.err
+
+
 def resume(module, folder: Path, *argv) -> dict:
     """What `--resume folder` does."""
     return module.train(module.parse_args(["--resume", str(folder), *map(str, argv)]))

@@ -7,8 +7,6 @@ import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
 from collections import defaultdict
 
 import numpy as np
@@ -17,7 +15,7 @@ import torch
 from conftest import LANGUAGE, spy
 from language import T, dashed, each_language, lines, ragged, saved, tiny, with_other_padding
 from off_policy import bugs
-from runs import each, fails_with_a_bug, leaves, name_of, start
+from runs import each, fails_with_a_bug, leaves, name_of, run_alone, start
 
 each_review = each([module for module in LANGUAGE if hasattr(module, "Reviews")])
 FILES = {"config.json", "metrics.jsonl", "checkpoint.pt", "result.json", "lock"}
@@ -371,21 +369,9 @@ def test_supervised_loss_sees(request, name, old, new):
 
 @pytest.fixture(scope="module", params=LANGUAGE, ids=name_of)
 def alone(request, tmp_path_factory):
-    """The script copied alone into an empty folder and run there by a plain Python: module, directory, what it said."""
+    """The script copied alone into an empty folder and run there: module, directory, what it said."""
     module = request.param
-    folder = tmp_path_factory.mktemp("alone")
-    shutil.copy(module.__file__, folder)
-    done = subprocess.run(
-        [sys.executable, f"{name_of(module)}.py", *dashed(module), "--seed", "3"],
-        cwd=folder,
-        env=os.environ | dict(PYTHONPATH=""),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stdout.decode()
-    (run_dir,) = (folder / "runs").iterdir()
-    return module, run_dir, done.stdout.decode()
+    return module, *run_alone(module.__file__, tmp_path_factory.mktemp("alone"), [*dashed(module), "--seed", "3"])
 
 
 def test_files_of_a_run(alone):

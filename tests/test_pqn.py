@@ -480,7 +480,6 @@ def check_known(module, monkeypatch, folder, name, expected, q_lambda, tolerance
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("ValueOnly", {1: 1}),
         ("ObsValue", {-1: -1, 1: 1}),
         ("Discounting", {-1: 0.9, 1: 1}),
         ("Truncation", {1: 10}),

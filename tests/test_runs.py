@@ -9,7 +9,6 @@ import math
 import os
 import re
 import shutil
-import subprocess
 import sys
 import types
 from collections import defaultdict
@@ -44,6 +43,7 @@ from runs import (
     parameters,
     result,
     resume,
+    run_alone,
     script,
     start,
     steps,
@@ -90,21 +90,10 @@ def copy(finished, tmp_path):
 
 @pytest.fixture(scope="module", params=MODULES, ids=name_of)
 def alone(request, tmp_path_factory):
-    """The script copied alone into an empty folder and run there by a plain Python: module, directory, what it said."""
+    """The script copied alone into an empty folder and run there: module, directory, what it said."""
     module = request.param
-    folder = tmp_path_factory.mktemp("alone")
-    shutil.copy(module.__file__, folder)
-    done = subprocess.run(
-        [sys.executable, f"{name_of(module)}.py", *line(module, num_envs=4, total_timesteps=1024, seed=3)],
-        cwd=folder,
-        env=os.environ | dict(PYTHONPATH=""),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stdout.decode()
-    (run_dir,) = (folder / "runs").iterdir()
-    return module, run_dir, done.stdout.decode()
+    argv = line(module, num_envs=4, total_timesteps=1024, seed=3)
+    return module, *run_alone(module.__file__, tmp_path_factory.mktemp("alone"), argv)
 
 
 def test_a_script_runs_alone(alone):
@@ -113,6 +102,15 @@ def test_a_script_runs_alone(alone):
     assert {path.name for path in run_dir.parents[1].iterdir()} - {"__pycache__"} == {f"{name_of(module)}.py", "runs"}
     assert {path.name for path in run_dir.iterdir()} == FILES
     assert re.fullmatch(rf"{module.Args.env_id}__{name_of(module)}__3__\d+", run_dir.name)
+
+
+@pytest.mark.parametrize("helper", ["algos", "td3", "conftest"])
+def test_a_script_with_a_helper_does_not_run_alone(helper, tmp_path):
+    """A package of the repository, another script or a module of these tests, none of which a copied script has."""
+    (tmp_path / "helped.py").write_text(f"import {helper}\n{Path(script('ppo_clip').__file__).read_text()}")
+    (tmp_path / "alone").mkdir()
+    with pytest.raises(AssertionError, match=f"No module named '{helper}'"):
+        run_alone(tmp_path / "helped.py", tmp_path / "alone", [])
 
 
 def test_config_file(alone):
