@@ -55,7 +55,7 @@ def test_learned_rows_are_exactly_the_transitions(module, monkeypatch, tmp_path,
         monkeypatch, module, "critic_loss", lambda *inputs: batches.append({k: x.numpy() for k, x in inputs[2].items()})
     )
     clipped = env == "TaggedNative" and not is_continuous(module)
-    learn(module, tmp_path, env, total_timesteps=420, clip_reward=clipped, n_steps=1)
+    learn(module, tmp_path, env, total_timesteps=420, train_frequency=2, clip_reward=clipped, n_steps=1)
     true = transitions()
     space = envs.Tagged.instances[0].action_space
     columns = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
@@ -83,7 +83,7 @@ def test_learned_rows_are_exactly_the_transitions(module, monkeypatch, tmp_path,
     assert [name for name in batches[0] if "noise" in name] == names
     if names:
         noise = np.stack([batch[name] for batch in batches for name in names])
-        assert noise.shape == (390 * len(names), 16, space.shape[0] if len(space.shape) == 1 else 6)
+        assert noise.shape == (195 * len(names), 16, space.shape[0] if len(space.shape) == 1 else 6)
         assert len(np.unique(noise)) > 0.99 * noise.size
         assert abs(noise.mean()) < 0.05
         assert abs(noise.std() - 1) < 0.05

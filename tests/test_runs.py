@@ -880,8 +880,9 @@ def test_smoke(module, env_id, tmp_path, monkeypatch, recwarn):
     assert len(written["eval_returns"]) == episodes
     assert all(map(math.isfinite, written["eval_returns"]))
     assert written["env_id"] == env_id
-    again = resume(module, tmp_path / "run")
-    assert again["eval_returns"] == written["eval_returns"]
+    if not env_id.startswith("ALE"):  # MinAtar has images, too, and nothing that takes as long to start
+        again = resume(module, tmp_path / "run")
+        assert again["eval_returns"] == written["eval_returns"]
     assert [str(w.message) for w in recwarn if w.category is UserWarning] == [], "warnings to the user"
 
 
