@@ -11,7 +11,7 @@ from typing import Literal
 import tyro
 
 from benchmark import markdown, pictures, report, run, scaling, speed
-from benchmark.run import Cell, Refusal, file_name, parse_seeds, read_result, suite_cells
+from benchmark.run import Cell, Refusal, file_name, parse_seeds, read_result, require_scripts, suite_cells
 
 FOLDER = Path(__file__).parent
 
@@ -66,6 +66,7 @@ class Run:
         cells = suite_cells(self.suite, self.algo, self.env, self.seeds, self.steps)
         if not cells:
             raise Refusal(f"suite {self.suite} has no run with this algorithm, environment and seeds")
+        require_scripts(cells, self.algos)
         address = self.address if self.launcher == "ray" else None
         failed = launch(cells, self.workers, self.out, self.algos, address)
 
@@ -112,6 +113,8 @@ class Check:
         cells = suite_cells(self.suite, self.algo, self.env, seeds="0")
         if not cells:
             raise Refusal(f"suite {self.suite} has no run with this algorithm and environment")
+        for cell in cells:
+            require_scripts([cell], self.algos)
         if self.neutral:
             changed = check.changed_since(self.neutral, cells, self.train, self.out, self.algos)
             head = [*check.HEAD[:3], f"since {self.neutral}"]

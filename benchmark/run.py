@@ -86,6 +86,12 @@ def suite_cells(suite: str, algo: str = "", env: str = "", seeds: str = "", step
     return list(dict.fromkeys(cells))
 
 
+def require_scripts(cells: list[Cell], algos: Path) -> None:
+    """Raise Refusal if the folder has the script of no cell; one that is missing fails alone."""
+    if not any((algos / f"{cell.algo}.py").is_file() for cell in cells):
+        raise Refusal(f"{algos} is no folder of these scripts: it holds no {cells[0].algo}.py")
+
+
 def read_object(path: Path) -> dict:
     """The JSON object in a file; raises Refusal with one sentence if the file holds anything else."""
     try:

@@ -360,6 +360,18 @@ def test_what_cannot_be_shown_to_be_neutral_is_compared(bench, repository, tmp_p
         assert found(capsys.readouterr().out) == [said] * 2, "packages of another file count, too"
 
 
+@pytest.mark.parametrize("words", [[], ["--neutral", "HEAD"]])
+def test_a_folder_without_a_script_is_refused(bench, repository, tmp_path, capsys, words):
+    """The root of the repository given for the folder of its scripts; a script that was deleted."""
+    root = tmp_path / "repo"
+    (root / "algos" / "two.py").unlink()
+    for folder, missing in ((root, "one"), (root / "algos", "two")):
+        assert bench("--algos", str(folder), *words) == 2
+        said = f"benchmark: {folder} is no folder of these scripts: it holds no {missing}.py\n"
+        assert capsys.readouterr().err == said
+    assert not (tmp_path / "out").exists()
+
+
 def test_simulation_tells_its_rates_and_trains_nothing(bench, tmp_path, monkeypatch, capsys):
     assert bench("--simulate", "100") == 0
     output = capsys.readouterr().out

@@ -200,6 +200,7 @@ def test_terminal_shows_finished_cells_above_the_bar(tmp_path, monkeypatch):
         (["--seeds", "1,"], "seeds look like 1-3,7 and not like '1,'"),
         (["--workers", "0"], "--workers must be at least 1, but is 0"),
         (["--steps=-1"], "--steps may not be negative, but is -1"),
+        (["--algos", "."], ". is no folder of these scripts: it holds no fake.py"),
         (["--address", "auto"], "--address is that of a Ray cluster, for --launcher ray"),
         (["--launcher", "ray"], "--launcher ray needs ray: pip install -r requirements-ray.txt"),
     ],
