@@ -104,9 +104,9 @@ def test_a_script_runs_alone(alone):
     assert re.fullmatch(rf"{module.Args.env_id}__{name_of(module)}__3__\d+", run_dir.name)
 
 
-@pytest.mark.parametrize("helper", ["algos", "td3", "conftest"])
+@pytest.mark.parametrize("helper", ["algos", "twins", "conftest"])
 def test_a_script_with_a_helper_does_not_run_alone(helper, tmp_path):
-    """A package of the repository, another script or a module of these tests, none of which a copied script has."""
+    """The package of the scripts, a tool of the repository, a module of these tests: a copied script has none."""
     (tmp_path / "helped.py").write_text(f"import {helper}\n{Path(script('ppo_clip').__file__).read_text()}")
     (tmp_path / "alone").mkdir()
     with pytest.raises(AssertionError, match=f"No module named '{helper}'"):
