@@ -125,9 +125,8 @@ def dpo_loss(
 
     metrics = dict(
         loss=loss.detach(),
-        accuracy=(chosen_reward > rejected_reward)
-        .float()
-        .mean(),  # of unseen choices, in the first pass; at first 0, for all are 0
+        # Of choices not seen before, in the first pass; 0 at the start, where all rewards are 0.
+        accuracy=(chosen_reward > rejected_reward).float().mean(),
         chosen_log_prob=chosen.mean().detach(),
         rejected_log_prob=rejected.mean().detach(),
         chosen_reward=chosen_reward.mean().detach(),
