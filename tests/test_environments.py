@@ -118,7 +118,7 @@ IMAGES = [  # shape, type and what the axes mean
     ((4, 44, 48), np.uint8, "CHW"),
     ((36, 36, 1), np.uint8, "HWC"),
     ((36, 50, 3), np.uint8, "HWC"),
-    ((84, 84, 4), np.uint8, "HWC"),
+    ((52, 44, 4), np.uint8, "HWC"),
     ((36, 36), np.uint8, "HW"),
     ((60, 37), np.uint8, "HW"),
     ((7, 7, 3), np.uint8, "HWC"),

@@ -21,7 +21,7 @@ from off_policy import (
 )
 from runs import each, is_continuous, planted
 
-from algos import ddpg, dqn, dueling_dqn, n_step_dqn, rainbow, sac
+from algos import c51, ddpg, dqn, dueling_dqn, n_step_dqn, noisy_dqn, rainbow, sac
 
 TWO = Box(np.float32([-1, -3]), np.float32([2, 0.5]))
 
@@ -208,9 +208,9 @@ def test_box_actions_depend_on_the_observation(module, monkeypatch, tmp_path):
 # Images
 
 
-@each_q_learning
+@each([dqn, dueling_dqn, noisy_dqn, c51, rainbow])
 def test_image(module, monkeypatch, tmp_path):
-    """Frames (C, H, W) in uint8 scaled twice or not at all, or with axes mixed up."""
+    """Frames (C, H, W) in uint8 scaled twice or not at all, or with axes mixed up; no other network."""
     _, mean = probe(module, monkeypatch, tmp_path, "Image", total_timesteps=800, learning_rate=1e-3)
     assert mean == 1
 
@@ -222,7 +222,7 @@ def test_grid(module, monkeypatch, tmp_path):
     assert mean > 0.85  # by chance -1/3
 
 
-@each_continuous
+@each([ddpg])
 def test_image_with_box_actions(module, monkeypatch, tmp_path):
     """Frames (C, H, W) in uint8 scaled twice or not at all, or with axes mixed up."""
     given = dict(total_timesteps=800, learning_rate=1e-3, batch_size=16)

@@ -7,7 +7,7 @@ import torch
 from conftest import make_args, on_policy, spy
 from runs import each
 
-from algos import a2c, ppo_clip
+from algos import a2c, npg, ppo_clip
 
 
 def learn(module, monkeypatch, folder, name, **given):
@@ -108,9 +108,9 @@ def test_bounds_of_each_dimension_and_side(module, monkeypatch, tmp_path):
     assert mean == near(0)
 
 
-@on_policy
+@each([a2c, npg, ppo_clip])
 def test_image(module, monkeypatch, tmp_path):
-    """Frames (C, H, W) in uint8 scaled twice or not at all, or with axes mixed up."""
+    """Frames (C, H, W) in uint8 scaled twice or not at all, or with axes mixed up; all have the same network."""
     given = dict(total_timesteps=1536, learning_rate=1e-3, policy_step=0.05)
     agent, mean = learn(module, monkeypatch, tmp_path, "Image", **given)
     assert mean == 1
@@ -188,7 +188,7 @@ def bootstrap_after_reset(rewards, values, terminated, done, gamma, lam):
     return rewards, values, terminated, done, gamma, lam
 
 
-@each([a2c, ppo_clip])
+@each([ppo_clip])
 @pytest.mark.parametrize(
     ("bug", "gae_lambda", "wrong"),
     [

@@ -327,6 +327,7 @@ BUGS = [  # the script, the swap and the kind of actions that show the bug, and 
     ("ppo_clip", "optimizer", BOX, (EACH_GRADIENT, EACH_GRADIENT_BY_SIZE)),
     ("ppo_clip", "optimizer", BOX, (ANNEAL, ANNEAL_ALIKE)),
     ("dqn", "networks", DISCRETE, KEEP_IN_DQN, (ACT_IN_DQN, "values = self.kept[0](torch.from_numpy(obs))")),
+    ("noisy_dqn", "networks", DISCRETE, ("noise = None if greedy else self.draw_noise()", "noise = None")),
     ("td3", "networks", BOX, KEEP_IN_TD3, (ACT_IN_TD3, ACT_IN_TD3.replace("self.actor", "self.kept[0]"))),
     ("td3", "activations", BOX, COPY_IN_TD3, (ACT_IN_TD3, ACT_IN_TD3.replace("self.actor", "self.kept[0]"))),
 ]
