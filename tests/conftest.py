@@ -1,7 +1,6 @@
 """What the test modules share: the scripts under test, imported, and small helpers to run and watch them."""
 
 import importlib
-import os
 from pathlib import Path
 
 import pytest
@@ -30,10 +29,10 @@ def pytest_configure(config):
     config.option.log_level = config.option.log_level or "WARNING"  # the compiler's log would bury a failure
 
 
-@pytest.hookimpl(optionalhook=True)
+@pytest.hookimpl(optionalhook=True, wrapper=True)
 def pytest_xdist_auto_num_workers():
     """Three for two cores, since a sixth of the time tests wait for processes that they have started."""
-    return 3 * os.cpu_count() // 2
+    return 3 * (yield) // 2
 
 
 @pytest.fixture(autouse=True)
