@@ -204,8 +204,11 @@ def measures_section(suite: str, baselines: Path) -> str:
 
 
 def published_section(lines: list[dict]) -> str:
-    """How many lines from `summarise` have a published score and reach it, and a table of those that do not."""
-    compared = [line for line in lines if line["reference"]["best_published"]]
+    """How many lines from `summarise` have a published score and reach it, and a table of those that do not.
+
+    A line that still lacks seeds is not compared.
+    """
+    compared = [line for line in lines if line["whole"] and line["reference"]["best_published"]]
     if not compared:
         return ""
     counts: dict[str, int] = defaultdict(int)
@@ -229,9 +232,10 @@ def published_section(lines: list[dict]) -> str:
             verdict = "below" if interval == "FAIL" else interval
             rows.append([*cells[:4], cells[6], number(line["iqm"] - float(best)), verdict])
     text = f"""\
-{len(compared)} rows have a published score beside them, of their budget if there is one, as the sources below tell. At
-or above the best one, whatever its protocol: {counts["reached"]}, of which {counts["PASS"]} with their whole interval.
-Below it with their whole interval: {counts["FAIL"]}. Intervals of fewer than five seeds do not count.
+{len(compared)} rows with all their seeds have a published score beside them, of their budget if there is one, as the
+sources below tell. At or above the best one, whatever its protocol: {counts["reached"]}, of which {counts["PASS"]} with
+their whole interval. Below it with their whole interval: {counts["FAIL"]}. Intervals of fewer than five seeds do
+not count.
 """
     if spoiled:
         text += f"""
@@ -395,12 +399,12 @@ def least_ratios(baselines: Path) -> dict[str, str]:
 def readme_part(baselines: Path, references: dict[Row, dict[str, str]]) -> str:
     """What stands in the README between the marks: the scripts with a published score beside theirs, and one picture.
 
-    The suites go from easy to hard, so the last scores tell most.
+    The suites go from easy to hard, so the last scores tell most. A row that still lacks seeds has none yet.
     """
     kept = read_baselines(baselines, *report.TABULATED)
     scores: dict[str, dict[str, dict]] = defaultdict(dict)
     for (algo, env_id, _), line in report.results(kept, references).items():
-        if " " not in algo:  # flags of its own say nothing about the script's defaults
+        if line["whole"] and " " not in algo:  # flags of its own say nothing about the script's defaults
             scores[algo][env_id] = line
     ratios = least_ratios(baselines)
     rows = []

@@ -91,7 +91,7 @@ def summarise(row: Row, runs: list[dict], planned: int, references: dict[Row, di
     reference: dict[str, str] = defaultdict(str, references.get(row, {}))
     iqm, low, high = iqm_interval(np.array([[run["eval_mean"]] for run in runs]))
     whole = len(runs) >= planned
-    line = dict(row=row, iqm=iqm, low=low, high=high, n=len(runs), reference=reference)
+    line = dict(row=row, iqm=iqm, low=low, high=high, n=len(runs), whole=whole, reference=reference)
     line["mean"] = float(np.mean([run["eval_mean"] for run in runs]))
     line["sps"] = np.median([run["sps"] for run in runs])
     line["verdict"] = judge(iqm, iqm, reference["bar"], whole)

@@ -139,7 +139,7 @@ def test_scores_on_mujoco_are_normalised(tmp_path, monkeypatch):
 
 
 def test_what_reaches_the_best_published_score(tmp_path, monkeypatch):
-    """Those that do not are told, with the difference; intervals of few seeds count on neither side."""
+    """Those that do not are told, with the difference; neither intervals of few seeds nor rows that lack some count."""
 
     def line(algo: str, best: str, *scores: float) -> dict:
         runs = [dict(eval_mean=score, sps=1.0) for score in scores]
@@ -153,7 +153,8 @@ def test_what_reaches_the_best_published_score(tmp_path, monkeypatch):
     assert "-9.50 | few |" in text
     monkeypatch.setattr(report, "FEWEST", 2)
     text = markdown.published_section([*lines, line("barely", "20", 19, 20)])
-    assert text.startswith("4 rows have a published score")
+    assert text.startswith("4 rows with all their seeds have a published score")
+    assert text == markdown.published_section([*lines, line("barely", "20", 19, 20), line("half", "10", 99)])
     told = "the best one, whatever its protocol: 2, of which 1 with their whole interval. Below it with their whole"
     assert f"{told} interval: 1. Intervals" in " ".join(text.split())
     cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row in text.splitlines() if row.startswith("|")]
@@ -513,16 +514,16 @@ def test_one_run_has_a_curve_but_is_no_result(bench, tmp_path, capsys):
 
 
 def test_the_table_of_the_readme_by_hand(tmp_path, monkeypatch):
-    """Of four environments with a published score the last three; others and flags of its own do not count."""
+    """Of four environments with a published score the last three; no flags of its own, no row that lacks seeds."""
     suite = [("many", f"Env{i}-v{i}", 10_000 * 10**i, "1-2", "") for i in range(5)]
     suite += [("many", "Own-v0", 5, "1-2", "--k 3"), ("none", "Env0-v0", 10_000, "1-2", "")]
-    suite += [("one", "A-v0", 5, "1", "")]
+    suite += [("one", "A-v0", 5, "1", ""), ("many", "Env4-v4", 10**9, "1-3", "")]
     monkeypatch.setitem(SUITES, "toy", suite)
     monkeypatch.setattr(report, "TABULATED", ["toy"])
     monkeypatch.setattr(markdown, "README_CURVES", ("Env3-v3", 10_000_000))
     references = {}
     for i, (row, cells) in enumerate(report.suite_rows("toy").items()):
-        runs = [dict(seed=cell.seed, eval_mean=i - 1234.25, sps=1.0) for cell in cells]
+        runs = [dict(seed=cell.seed, eval_mean=i - 1234.25, sps=1.0) for cell in cells[:2]]
         (tmp_path / f"{report.file_name(row)}.json").write_text(json.dumps(dict(row=row, seeds=runs)))
         if row[0].startswith("many") and i != 3:
             references[row] = dict(bar="", best_published="99.96")

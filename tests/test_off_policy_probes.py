@@ -210,7 +210,7 @@ def test_box_actions_depend_on_the_observation(module, monkeypatch, tmp_path):
 
 @each([dqn, dueling_dqn, noisy_dqn, c51, rainbow])
 def test_image(module, monkeypatch, tmp_path):
-    """Frames (C, H, W) in uint8 scaled twice or not at all, or with axes mixed up; no other network."""
+    """Frames (C, H, W) in uint8 scaled twice or not at all, or with axes mixed up; all have the same encoder."""
     _, mean = probe(module, monkeypatch, tmp_path, "Image", total_timesteps=800, learning_rate=1e-3)
     assert mean == 1
 
@@ -224,7 +224,7 @@ def test_grid(module, monkeypatch, tmp_path):
 
 @each([ddpg])
 def test_image_with_box_actions(module, monkeypatch, tmp_path):
-    """Frames (C, H, W) in uint8 scaled twice or not at all, or with axes mixed up."""
+    """Frames (C, H, W) in uint8 scaled twice or not at all, or with axes mixed up; all have the same encoder."""
     given = dict(total_timesteps=800, learning_rate=1e-3, batch_size=16)
     agent, _ = probe(module, monkeypatch, tmp_path, "Image", **given)
     obs, _ = module.make_envs("test/ImageBox-v0", 40).reset(seed=1)

@@ -110,7 +110,7 @@ def test_bounds_of_each_dimension_and_side(module, monkeypatch, tmp_path):
 
 @each([a2c, npg, ppo_clip])
 def test_image(module, monkeypatch, tmp_path):
-    """Frames (C, H, W) in uint8 scaled twice or not at all, or with axes mixed up; all have the same network."""
+    """Frames (C, H, W) in uint8 scaled twice or not at all, or with axes mixed up; all have the same encoder."""
     given = dict(total_timesteps=1536, learning_rate=1e-3, policy_step=0.05)
     agent, mean = learn(module, monkeypatch, tmp_path, "Image", **given)
     assert mean == 1
