@@ -20,9 +20,9 @@ the first paper, arXiv:1801.01290. Q'_1 and Q'_2 follow Q_1 and Q_2 slowly.
 
 As in the authors' code, pi is a density on [-1, 1]; its actions are then scaled to the bounds of the environment, and
 without bounds there is nothing to scale to. Not in the paper: alpha is learned through its logarithm or, on Hopper and
-its like, fixed; step sizes are larger (3e-4 there), on some environments gamma is 0.98 and batches and buffer are
-smaller, and the first learning_starts actions are uniform. All periods count single steps, so that several environments
-learn as often as one.
+its like, fixed; step sizes are larger than the paper's 3e-4, on some environments gamma is 0.98 and batches and buffer
+are smaller, and the first learning_starts actions are uniform. All periods count single steps, so that several
+environments learn as often as one.
 
 Read to the end of train(); what follows the ruler is plumbing that the scripts share.
 """
