@@ -1,5 +1,5 @@
 # /// script
-# requires-python = ">=3.10"
+# requires-python = ">=3.10,<3.14"
 # dependencies = ["torch==2.13.0", "numpy==2.2.6", "gymnasium[box2d,classic-control,mujoco]==1.4.0", "mujoco==3.15.0",
 #   "ale-py==0.12.1", "MinAtar==1.0.15", "tyro==1.0.17", "tqdm==4.70.1", "filelock==3.20.0", "moviepy==2.2.1",
 #   "wandb==0.31.0"]
@@ -15,16 +15,16 @@ As in its parent, Q minimises
 
     L = E[(r + gamma Q_target(s', argmax_a' Q(s', a')) - Q(s, a))^2]
 
-over transitions drawn uniformly from a replay buffer. The policy is epsilon-greedy in Q; Q_target is a copy of Q that
-is renewed now and then.
+over transitions drawn uniformly from a replay buffer; where s' is terminal, the target is r. The policy is
+epsilon-greedy in Q. Q_target is a copy of Q, renewed every --target-network-frequency steps.
 
     python algos/dueling_dqn.py --env-id CartPole-v1    # 500 after 50,000 steps
     python algos/dueling_dqn.py --env-id Acrobot-v1     # -74 after 100,000 steps
 
-Not in the paper: Adam in place of RMSprop, a step size that falls to 0, an epsilon that falls from the first step on
-and is 0 in the evaluation, errors that are not clipped, gradients into the shared layers that are not scaled by
-1/sqrt(2), and on images one dense layer before the two streams. All periods count single steps, so that several
-environments learn as often as one.
+Not in the paper: Adam in place of RMSprop, a step size that falls to 0 (not on MinAtar and Atari), an epsilon that
+falls from the first step on and is 0 in the evaluation, errors that are not clipped, gradients into the shared layers
+that are not scaled by 1/sqrt(2), and on images one dense layer before the two streams. All periods count single steps,
+so that several environments learn as often as one.
 
 Read to the end of train(); what follows the ruler is plumbing that the scripts share.
 """
@@ -76,7 +76,7 @@ class Args:
     exploration_fraction: float = 0.2  # share of the run over which epsilon falls linearly
     max_grad_norm: float = 10.0  # longer gradients are scaled down to this norm
     hidden_size: int = 128  # units in each hidden layer of the MLPs
-    clip_reward: bool = False  # learn from rewards clipped to [-1, 1]; the log has them whole
+    clip_reward: bool = False  # learn from rewards clipped to [-1, 1]; the log shows them unclipped
     save_buffer: bool = False  # keep the replay buffer in checkpoints; else a resumed run has to fill a new one
     compile: bool = False  # compile the gradient step: 10 s at the start, then 2 to 3 times as fast
 
@@ -140,7 +140,7 @@ def linear_schedule(start: float, end: float, duration: float, t: float) -> floa
 
 
 def td_target(rewards: Tensor, terminated: Tensor, next_values: Tensor, gamma: float | Tensor) -> Tensor:
-    """y from rewards, terminated and next_values, (B,) each or broadcast; truncation does not stop the bootstrap."""
+    """y (B,): r + gamma V(s') or, where s' is terminal, r. A truncation is no end. Inputs (B,) each or broadcast."""
     return rewards + gamma * ~terminated * next_values
 
 
@@ -148,7 +148,7 @@ def critic_loss(agent: Agent, target: Agent, batch: dict[str, Tensor], args: Arg
     """The loss of Q on a batch with one transition per row, and what to log."""
     with torch.no_grad():
         next_actions = agent(batch["next_obs"]).argmax(-1, keepdim=True)
-        next_values = target(batch["next_obs"]).gather(-1, next_actions).squeeze(-1)  # Double DQN eq. 4
+        next_values = target(batch["next_obs"]).gather(-1, next_actions).squeeze(-1)  # Double DQN, cf. eq. 4
         y = td_target(batch["rewards"], batch["terminated"], next_values, args.gamma)  # DQN algorithm 1
 
     q = agent(batch["obs"]).gather(-1, batch["actions"][:, None]).squeeze(-1)
@@ -159,7 +159,7 @@ def critic_loss(agent: Agent, target: Agent, batch: dict[str, Tensor], args: Arg
 def train(args: Args) -> dict:
     """Train, evaluate, and return what result.json holds; raises Refusal with one sentence on bad input."""
     torch.manual_seed(args.seed)
-    torch.set_num_threads(args.torch_threads or os.cpu_count())
+    torch.set_num_threads(args.torch_threads or torch.get_num_threads())
     envs = make_envs(args.env_id, args.num_envs, args.env_kwargs)
     obs_space = envs.single_observation_space
     action_space = envs.single_action_space
@@ -564,7 +564,7 @@ def make_envs(env_id: str, num_envs: int, env_kwargs: str = "", render: bool = F
             if env_id not in gym.registry:
                 importlib.import_module("minatar.gym").register_envs()
         envs = gym.make_vec(env_id, num_envs, **options | kwargs)
-    except (gym.error.Error, ModuleNotFoundError) as error:
+    except (gym.error.Error, ImportError) as error:
         raise Refusal(f"{env_id} cannot be made: {error}") from error
     except TypeError as error:
         if (kwargs or render) and "argument" in str(error):
@@ -600,11 +600,13 @@ def action_map(space: Space) -> Callable[[np.ndarray], np.ndarray]:
     """From the policy's actions (N, ...) to the environment's: [-1, 1] becomes [low, high]; the rest is clipped."""
     if isinstance(space, Discrete):
         return lambda actions: actions + space.start
-    bounded = space.bounded_below & space.bounded_above
+    bounded = np.isfinite(space.high - space.low)
     low = np.where(bounded, space.low, -1)
     high = np.where(bounded, space.high, 1)
 
     def to_env(actions: np.ndarray) -> np.ndarray:
+        if not np.isfinite(actions).all():
+            raise Refusal(f"training diverged: an action is not finite; {Run.saved}")
         actions = actions.reshape(-1, *space.shape)
         scaled = low + (actions + 1) * ((high - low) / 2)
         clipped = np.minimum(np.maximum(scaled, space.low), space.high)  # faster than clip
@@ -657,8 +659,8 @@ class Run:
         self.bar = tqdm(
             total=args.total_timesteps, initial=self.step, unit=" steps", disable=not os.isatty(2), dynamic_ncols=True
         )
-        self.start = time.time() - self.wall_time
-        self.next_line = time.time() + 10  # for the lines in place of the bar where there is no terminal
+        self.start = time.perf_counter() - self.wall_time  # unlike the time of day, it never goes back
+        self.next_line = time.perf_counter() + 10  # for the lines in place of the bar where there is no terminal
 
     def import_optional(self) -> None:
         """Import what only some runs need, so that a missing package is missed before training."""
@@ -668,8 +670,16 @@ class Run:
                 self.wandb = importlib.import_module("wandb")
         except ModuleNotFoundError as error:
             raise Refusal(f"a package is missing: {error}") from error
-        if self.wandb and self.wandb.setup().settings.mode == "online" and not self.wandb.login(prompt=False):
-            raise Refusal("--track needs `wandb login` first, or WANDB_MODE=offline")
+        if self.wandb:
+            self.log_in()
+
+    def log_in(self) -> None:
+        """See that wandb will take what is logged; raises Refusal."""
+        try:
+            if self.wandb.setup().settings.mode == "online" and not self.wandb.login(prompt=False):
+                raise Refusal("--track needs `wandb login` first, or WANDB_MODE=offline")
+        except self.wandb.Error as error:
+            raise Refusal(f"--track: {error}; WANDB_MODE=offline needs no login") from error
 
     def lock_directory(self) -> None:
         """Keep other processes out for as long as this one lives."""
@@ -684,9 +694,11 @@ class Run:
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Record what happened since the last line: bar, metrics.jsonl, wandb and, when it is due, a checkpoint."""
+        if not np.isfinite(self.episode_returns).all():
+            self.fail(f"a return before step {step} is not finite")
         if not np.isfinite(list(metrics.values())).all():
             self.fail(f"training diverged before step {step}")
-        self.wall_time = time.time() - self.start
+        self.wall_time = time.perf_counter() - self.start
         episodes = self.episode_returns
         line = dict(
             global_step=step,
@@ -719,10 +731,13 @@ class Run:
         status = f"return {np.mean(self.last_returns):.2f}" if self.last_returns else "no episode has ended"
         self.bar.set_postfix_str(status, refresh=False)
         self.bar.update(step - self.bar.n)
-        if self.bar.disable and time.time() > self.next_line:
-            self.next_line = time.time() + 10
+        if self.bar.disable and time.perf_counter() > self.next_line:
+            self.next_line = time.perf_counter() + 10
             speed = step / self.wall_time
-            print(f"{step} of {self.args.total_timesteps} steps, {speed:.0f} steps/s, {status}", flush=True)
+            try:
+                print(f"{step} of {self.args.total_timesteps} steps, {speed:.0f} steps/s, {status}", flush=True)
+            except OSError:
+                return  # what reads the output has ended; the run need not
 
     def fail(self, reason: str) -> None:
         """Stop the run for a reason."""
@@ -762,7 +777,8 @@ class Run:
             raise Refusal(f"{path} is damaged; start the run anew in another --run-dir") from error
 
         now = asdict(self.args) | dict(algo=self.algo)
-        for name in ("algo", "env_id", "env_kwargs", "seed", "run_dir", "optimizer", "v_min", "v_max"):
+        fixed = ("algo", "env_id", "env_kwargs", "seed", "run_dir", "optimizer", "v_min", "v_max")
+        for name in (*fixed, "priority_exponent", "clip_reward"):  # a buffer may hold what was made with the last two
             if now.get(name) != before.get(name):
                 raise Refusal(f"{self.dir} holds a run with {name} {before.get(name)!r}, which cannot change")
         if now["total_timesteps"] < self.step:
@@ -770,6 +786,7 @@ class Run:
         planned = before.get("total_timesteps")
         if now["total_timesteps"] != planned:
             print(f"planned for {planned} steps, now for {now['total_timesteps']}: schedules, if any, are stretched")
+            (self.dir / "result.json").unlink(missing_ok=True)  # of the shorter run
         try:
             for name, part in self.parts.items():
                 state = states[name]
@@ -872,8 +889,8 @@ def check_video(args: Args) -> None:
     obs, _ = envs.reset()
     try:
         frame(envs, obs)
-    except (gym.error.Error, ImportError) as error:
-        raise Refusal(f"{args.env_id} cannot be filmed: {error}") from error
+    except Exception as error:  # what is raised depends on what is missing: a screen, a library, a picture
+        raise Refusal(f"{args.env_id} cannot be filmed: {error!r}") from error
     envs.close()
 
 
@@ -899,6 +916,7 @@ def find_family(env_id: str, env_kwargs: str) -> str:
 
 def parse_args(argv: list[str] | None = None) -> Args:
     """Flags over the defaults of the environment's family or, with --resume, over the arguments of that run."""
+    # The defaults depend on these three, so they are read first. A value that is missing is left for tyro to tell.
     first_look = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first_look.add_argument("--env-id", "--env_id", nargs="?", const=Args.env_id, default=Args.env_id)
     first_look.add_argument("--env-kwargs", "--env_kwargs", nargs="?", const="", default="")
@@ -910,7 +928,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
     else:
         family = find_family(given.env_id, given.env_kwargs)
         defaults = dict(env_id=given.env_id) | FAMILIES.get(family, {})
-        source = f"the defaults for {family or 'environments of no family'}"
+        source = f"the defaults for {family or Args.env_id + ' and all of no family'}"
     args = tyro.cli(Args, args=argv, default=Args(**defaults), description=f"{__doc__}\nShown are {source}.")
     print(f"{args.env_id} with {source}", flush=True)
     if args.capture_video:
@@ -941,9 +959,10 @@ def read_config(folder: Path) -> dict:
 
 
 def prepare_forks() -> None:
-    """Let SIGTERM end what an environment forks, for closing it may wait for that; Ctrl-C is for this process alone.
+    """Reset the signals in processes that an environment forks, which would else take them for ours.
 
-    So a SIGTERM to all processes ends such environments, too, and with them the run, at its last checkpoint.
+    SIGTERM ends such a process, since to close an environment may mean to send it one and to wait. Ctrl-C is ignored:
+    this process handles it. A SIGTERM to all processes thus ends the run, too, at its last checkpoint.
     """
     masks = []
 
@@ -974,6 +993,7 @@ def main() -> None:
         except OSError:
             return  # what reads the output, such as tee, has been stopped, too
 
+    sys.stdout.reconfigure(errors="replace")  # a terminal may lack characters of a text or a path
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
     prepare_forks()

@@ -1,5 +1,5 @@
 # /// script
-# requires-python = ">=3.10"
+# requires-python = ">=3.10,<3.14"
 # dependencies = ["torch==2.13.0", "numpy==2.2.6", "gymnasium==1.4.0", "tyro==1.0.17", "tqdm==4.70.1",
 #   "filelock==3.20.0", "wandb==0.31.0", "transformers==5.20.2", "datasets==5.2.0"]
 # ///
@@ -23,8 +23,8 @@ The paper divides A_i by the deviation of r, and averages over each response fir
 2025, arXiv:2503.20783, find both biased: towards problems that are nearly always or never solved, and towards long
 wrong answers. So both are flags. By default all tokens of a batch weigh the same; Yu et al. 2025, arXiv:2503.14476,
 whose eps_high is 0.28, let those of a group do so, w_it = 1 / sum_i |y_i|. The KL (eq. 4) is off; where it is on, its
-gradient is that of KL(pi_ref || pi). Not in the paper: a small transformer, an exact check in place of a reward model,
-clipped gradients, and a reference that is never renewed.
+gradient is that of KL(pi_ref || pi) as long as pi is pi_old. Not in the paper: a small transformer, an exact check in
+place of a reward model, clipped gradients, and a reference that is never renewed.
 
 Read to the end of train(); what follows the ruler is plumbing that the scripts share.
 """
@@ -68,11 +68,11 @@ class Args:
     right_demonstrations: float = 0.4  # share of them that are sure to be right; the others are answers at random
     sft_steps: int = 1200  # gradient steps of the supervised phase
     sft_learning_rate: float = 2e-3  # their step size, which falls linearly to 0
-    batch_size: int = 128  # demonstrations or pairs per gradient step
+    batch_size: int = 128  # demonstrations (or pairs, where there are any) per gradient step
     num_responses: int = 256  # N, responses per iteration
     num_generations: int = 8  # G, responses to the same prompt, which are compared with each other
     max_new_tokens: int = 6  # T, the largest number of tokens in a response
-    temperature: float = 1.0  # divides the logits, in sampling and in all probabilities
+    temperature: float = 1.0  # divides the logits in sampling and, but for the supervised phase, in probabilities
     partial_reward: float = 0.0  # reward for each answer of the right form, be its value right or wrong
     scale_rewards: bool = False  # divide the advantages of a group by the deviation of its rewards
     kl_coef: float = 0.0  # beta, weight of the KL to the reference
@@ -90,8 +90,8 @@ class Args:
 
     model: str = "tiny"  # tiny, the transformer below, or the name or directory of a Hugging Face model
     prompts: str = ""  # your prompts: lines of a text file, JSON lines or a data set; if empty, the task's
-    max_prompt_tokens: int = 16  # longer prompts are cut
-    reward_function: str = ""  # in place of the check: module:function on PYTHONPATH, from a list of texts to rewards
+    max_prompt_tokens: int = 16  # longer prompts lose their end
+    reward_function: str = ""  # in place of the check: module:function on PYTHONPATH, of texts with their prompts
 
     seed: int = 1  # of weights, texts and minibatches
     device: str = "auto"  # cpu, cuda, cuda:1, mps or auto: a CUDA GPU if there is one, else the CPU
@@ -173,7 +173,7 @@ def policy_loss(actor: nn.Module, batch: dict[str, Tensor], args: Args) -> tuple
 def train(args: Args) -> dict:
     """Train, evaluate, and return what result.json holds; raises Refusal with one sentence on bad input."""
     torch.manual_seed(args.seed)
-    torch.set_num_threads(args.torch_threads or os.cpu_count())
+    torch.set_num_threads(args.torch_threads or torch.get_num_threads())
     device = pick_device(args.device)
     task = Countdown(args)
     tokenizer, actor = make_language_model(task, args)
@@ -493,7 +493,7 @@ def read_texts(name: str, columns: list[str]) -> list[str]:
         return []
     if Path(name).is_file() and Path(name).suffix != ".jsonl":
         try:
-            texts = Path(name).read_text().splitlines()
+            texts = Path(name).read_text(encoding="utf-8").splitlines()
         except ValueError as error:
             raise Refusal(f"{name} is no text: {error}") from error
     else:
@@ -514,7 +514,8 @@ def read_rows(name: str) -> list[dict]:
     """The rows of a file of JSON lines or of the training split of a Hugging Face data set."""
     if Path(name).is_file():
         try:
-            rows = [json.loads(line) for line in Path(name).read_text().splitlines() if line.strip()]
+            text = Path(name).read_text(encoding="utf-8")
+            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
         except ValueError as error:
             raise Refusal(f"{name} has a line that is no JSON: {error}") from error
         if not all(isinstance(row, dict) for row in rows):
@@ -626,7 +627,7 @@ class Phases:
         """Say what came of the phase, and save."""
         self.done.append(name)
         self.numbers |= numbers
-        run.wall_time = time.time() - run.start
+        run.wall_time = time.perf_counter() - run.start
         run.save()
         report = ", ".join(f"{key.replace('_', ' ')} {number:.2f}" for key, number in numbers.items())
         run.bar.write(f"{name} phase: {report or 'done'}")
@@ -791,8 +792,8 @@ class Run:
         self.bar = tqdm(
             total=args.total_timesteps, initial=self.step, unit=" steps", disable=not os.isatty(2), dynamic_ncols=True
         )
-        self.start = time.time() - self.wall_time
-        self.next_line = time.time() + 10  # for the lines in place of the bar where there is no terminal
+        self.start = time.perf_counter() - self.wall_time  # unlike the time of day, it never goes back
+        self.next_line = time.perf_counter() + 10  # for the lines in place of the bar where there is no terminal
 
     def import_optional(self) -> None:
         """Import what only some runs need, so that a missing package is missed before training."""
@@ -802,8 +803,16 @@ class Run:
                 self.wandb = importlib.import_module("wandb")
         except ModuleNotFoundError as error:
             raise Refusal(f"a package is missing: {error}") from error
-        if self.wandb and self.wandb.setup().settings.mode == "online" and not self.wandb.login(prompt=False):
-            raise Refusal("--track needs `wandb login` first, or WANDB_MODE=offline")
+        if self.wandb:
+            self.log_in()
+
+    def log_in(self) -> None:
+        """See that wandb will take what is logged; raises Refusal."""
+        try:
+            if self.wandb.setup().settings.mode == "online" and not self.wandb.login(prompt=False):
+                raise Refusal("--track needs `wandb login` first, or WANDB_MODE=offline")
+        except self.wandb.Error as error:
+            raise Refusal(f"--track: {error}; WANDB_MODE=offline needs no login") from error
 
     def lock_directory(self) -> None:
         """Keep other processes out for as long as this one lives."""
@@ -818,9 +827,11 @@ class Run:
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Record what happened since the last line: bar, metrics.jsonl, wandb and, when it is due, a checkpoint."""
+        if not np.isfinite(self.episode_returns).all():
+            self.fail(f"a return before step {step} is not finite")
         if not np.isfinite(list(metrics.values())).all():
             self.fail(f"training diverged before step {step}")
-        self.wall_time = time.time() - self.start
+        self.wall_time = time.perf_counter() - self.start
         episodes = self.episode_returns
         line = dict(
             global_step=step,
@@ -853,10 +864,13 @@ class Run:
         status = f"return {np.mean(self.last_returns):.2f}" if self.last_returns else "no episode has ended"
         self.bar.set_postfix_str(status, refresh=False)
         self.bar.update(step - self.bar.n)
-        if self.bar.disable and time.time() > self.next_line:
-            self.next_line = time.time() + 10
+        if self.bar.disable and time.perf_counter() > self.next_line:
+            self.next_line = time.perf_counter() + 10
             speed = step / self.wall_time
-            print(f"{step} of {self.args.total_timesteps} steps, {speed:.0f} steps/s, {status}", flush=True)
+            try:
+                print(f"{step} of {self.args.total_timesteps} steps, {speed:.0f} steps/s, {status}", flush=True)
+            except OSError:
+                return  # what reads the output has ended; the run need not
 
     def fail(self, reason: str) -> None:
         """Stop the run for a reason."""
@@ -896,7 +910,8 @@ class Run:
             raise Refusal(f"{path} is damaged; start the run anew in another --run-dir") from error
 
         now = asdict(self.args) | dict(algo=self.algo)
-        for name in ("algo", "env_id", "env_kwargs", "seed", "run_dir", "optimizer", "v_min", "v_max"):
+        fixed = ("algo", "env_id", "env_kwargs", "seed", "run_dir", "optimizer", "v_min", "v_max")
+        for name in (*fixed, "priority_exponent", "clip_reward"):  # a buffer may hold what was made with the last two
             if now.get(name) != before.get(name):
                 raise Refusal(f"{self.dir} holds a run with {name} {before.get(name)!r}, which cannot change")
         if now["total_timesteps"] < self.step:
@@ -904,6 +919,7 @@ class Run:
         planned = before.get("total_timesteps")
         if now["total_timesteps"] != planned:
             print(f"planned for {planned} steps, now for {now['total_timesteps']}: schedules, if any, are stretched")
+            (self.dir / "result.json").unlink(missing_ok=True)  # of the shorter run
         try:
             for name, part in self.parts.items():
                 state = states[name]
@@ -1016,6 +1032,7 @@ def judge(
 
 def parse_args(argv: list[str] | None = None) -> Args:
     """Flags over the defaults of the task or of --model or, with --resume, over the arguments of that run."""
+    # The defaults depend on these three, so they are read first. A value that is missing is left for tyro to tell.
     first_look = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first_look.add_argument("--env-id", "--env_id", nargs="?", const=Args.env_id, default=Args.env_id)
     first_look.add_argument("--model", nargs="?", const=Args.model, default=Args.model)
@@ -1056,9 +1073,10 @@ def read_config(folder: Path) -> dict:
 
 
 def prepare_forks() -> None:
-    """Let SIGTERM end what an environment forks, for closing it may wait for that; Ctrl-C is for this process alone.
+    """Reset the signals in processes that an environment forks, which would else take them for ours.
 
-    So a SIGTERM to all processes ends such environments, too, and with them the run, at its last checkpoint.
+    SIGTERM ends such a process, since to close an environment may mean to send it one and to wait. Ctrl-C is ignored:
+    this process handles it. A SIGTERM to all processes thus ends the run, too, at its last checkpoint.
     """
     masks = []
 
@@ -1089,6 +1107,7 @@ def main() -> None:
         except OSError:
             return  # what reads the output, such as tee, has been stopped, too
 
+    sys.stdout.reconfigure(errors="replace")  # a terminal may lack characters of a text or a path
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
     prepare_forks()

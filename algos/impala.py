@@ -1,5 +1,5 @@
 # /// script
-# requires-python = ">=3.10"
+# requires-python = ">=3.10,<3.14"
 # dependencies = ["torch==2.13.0", "numpy==2.2.6", "gymnasium[box2d,classic-control,mujoco]==1.4.0", "mujoco==3.15.0",
 #   "ale-py==0.12.1", "MinAtar==1.0.15", "tyro==1.0.17", "tqdm==4.70.1", "filelock==3.20.0", "moviepy==2.2.1",
 #   "wandb==0.31.0", "ray==2.60.0"]
@@ -11,14 +11,20 @@ Espeholt et al. 2018, arXiv:1802.01561. Child of a2c.py: samplers apart from the
     v_s = V(x_s) + sum_{t=s}^{s+n-1} gamma^(t-s) c_s ... c_{t-1} rho_t (r_t + gamma V(x_{t+1}) - V(x_t))
     rho_t = min(rho_bar, pi(a_t|x_t) / mu(a_t|x_t)),  c_t = min(c_bar, pi(a_t|x_t) / mu(a_t|x_t))
 
-mu is the policy of a sampler (an actor in the paper), an older copy of pi, and s + n the end of its rollout. In the
-objective of a2c.py, v_s stands in place of R, and rho_s (r_s + gamma v_{s+1} - V(x_s)) in place of A (section 4.2).
+mu is the policy of a sampler (an actor in the paper), an older copy of pi, and s + n the end of its rollout. The
+objective (section 4.2) is that of a2c.py with other targets, other advantages and a weight:
+
+    L = E[rho_s log pi(a_s|x_s) A_s] - c1 E[(V(x_s) - v_s)^2] + c2 E[H(pi)]    with  A_s = r_s + gamma v_{s+1} - V(x_s)
+
+No gradient flows through rho_s, A_s and v_s. A_s is normalised before rho_s weighs it.
 
     python algos/impala.py --env-id CartPole-v1    # 500 after 200,000 steps, with 2 samplers
 
 Learner and samplers are actors of Ray, with --address on a cluster. A batch is the rollout of one sampler's --num-envs
 environments. Batches are learned from in the order of asking, in the paper in that of arrival: so none is older than
---max-lag updates, and equal runs are bit-identical. Not in the paper: what a2c.py names, but for clipping.
+--max-lag updates, and equal runs are bit-identical. Not in the paper: what a2c.py names, but for the clipped gradients,
+which the paper has, too: means over the batch in place of sums, layers that start orthogonal, eps outside the root, and
+what is normalised and scaled.
 
 Read to the end of train(); what follows the ruler is plumbing that the scripts share.
 """
@@ -59,7 +65,7 @@ from tqdm import tqdm
 class Args:
     env_id: str = "CartPole-v1"  # Gymnasium id, also ALE/*, MinAtar/* or module:YourEnv-v0; decides other defaults
     total_timesteps: int = 200_000  # environment steps to train for
-    num_samplers: int = 2  # W, processes that act, at most max_lag + 1 at a time; with 0 this one does, without Ray
+    num_samplers: int = 2  # W, processes that act, at most max_lag + 1 at a time; 0: this one acts, without Ray
     max_lag: int = 2  # updates that mu may be behind pi when its batch is learned from; 0 waits for each update
     address: str = ""  # Ray cluster, host:port or auto; if empty, this machine alone
     num_envs: int = 8  # N, environments side by side
@@ -69,15 +75,15 @@ class Args:
     anneal_lr: bool = True  # let the step size fall linearly to 0
     gamma: float = 0.99  # discount
     rho_bar: float = 1.0  # largest weight of a step, on which the fixed point depends
-    c_bar: float = 1.0  # largest factor of a trace, on which only the speed depends
+    c_bar: float = 1.0  # largest factor of a trace, on which only the speed depends; in the paper at most rho_bar
     vf_coef: float = 0.5  # c1, weight of the value loss
     ent_coef: float = 0.0  # c2, weight of the entropy bonus
     max_grad_norm: float = 0.5  # longer gradients are scaled down to this norm
     hidden_size: int = 64  # units in each hidden layer of the MLPs
     log_std_init: float = 0.0  # logarithm of the initial standard deviation (Box actions)
     norm_obs: bool = False  # normalise vector observations by their running mean and deviation, then clip to [-10, 10]
-    norm_reward: bool = True  # divide rewards by the running deviation of the discounted return, then clip to [-10, 10]
-    clip_reward: bool = False  # learn from rewards clipped to [-1, 1]; the log has them whole
+    norm_reward: bool = True  # divide rewards by the running deviation of their discounted sum, then clip to [-10, 10]
+    clip_reward: bool = False  # learn from rewards clipped to [-1, 1]; the log shows them unclipped
     compile: bool = False  # compile the gradient step: 10 s at the start, then 2 to 3 times as fast
 
     seed: int = 1  # of weights, actions, minibatches and environments
@@ -94,7 +100,7 @@ class Args:
     resume: str = ""  # run directory to continue; a finished run is only evaluated again
 
     def __post_init__(self) -> None:
-        minimum = dict(seed=0, torch_threads=0, num_steps=4, log_std_init=-20)  # of 4, 2 may be resets; std() needs 2
+        minimum = dict(seed=0, torch_threads=0, num_steps=4, log_std_init=-20)  # 4: 2 may be resets, and std() needs 2
         check_ranges(self, minimum | dict(num_samplers=0, max_lag=0), maximum=dict(gamma=1))
         check_batch(self.num_envs * self.num_steps, self.total_timesteps)
         if self.address and self.num_samplers == 0:
@@ -153,9 +159,10 @@ class Agent(nn.Module):
 
 
 def vtrace(rewards: Tensor, values: Tensor, log_ratio: Tensor, terminated: Tensor, done: Tensor, args: Args) -> tuple:
-    """Targets v_s (eq. 1), advantages r_s + gamma v_{s+1} - V(x_s), weights rho_s: all (T, N), but values (T + 1, N).
+    """Targets v_s (eq. 1), advantages r_s + gamma v_{s+1} - V(x_s) and weights rho_s, each (T, N).
 
-    log_ratio is log pi(a|x) / mu(a|x). A termination stops the bootstrap; an end of either kind stops the trace.
+    values are (T + 1, N), the other inputs (T, N), and log_ratio is log pi(a|x) / mu(a|x). A termination stops the
+    bootstrap; an end of either kind stops the trace.
     """
     ratios = log_ratio.exp()
     rhos = ratios.clamp(max=args.rho_bar)
@@ -171,7 +178,7 @@ def vtrace(rewards: Tensor, values: Tensor, log_ratio: Tensor, terminated: Tenso
 
 
 def impala_loss(agent: Agent, batch: dict[str, Tensor], args: Args) -> tuple[Tensor, dict[str, Tensor]]:
-    """Minus the objective (section 4.2) on a batch with one transition per row, and what to log."""
+    """Minus the objective L (section 4.2) on a batch with one transition per row, and what to log."""
     policy, values = agent(batch["obs"])
     policy_loss = -(batch["rhos"] * policy.log_prob(batch["actions"]) * batch["advantages"]).mean()
     value_loss = F.mse_loss(values, batch["returns"])
@@ -191,7 +198,7 @@ def collect(all_weights: Iterator[dict[str, Tensor]], number: int, agent: Agent,
     obs, _ = envs.reset(seed=train_seed(args.seed, number * N))
     done = np.zeros(N, bool)
     score = np.zeros(N)  # return so far of the running episodes
-    discounted = np.zeros(N)  # sum so far of the rewards that are learned from, older ones discounted
+    discounted = np.zeros(N)  # sum of the rewards so far, that of k steps ago times gamma^k; it scales them
 
     for weights in all_weights:
         agent.load_state_dict(weights)
@@ -258,7 +265,7 @@ def learn(batches: Iterator[dict[str, Tensor]], agent: Agent, optimizer: torch.o
 def train(args: Args) -> dict:
     """Train, evaluate, and return what result.json holds; raises Refusal with one sentence on bad input."""
     torch.manual_seed(args.seed)
-    torch.set_num_threads(args.torch_threads or os.cpu_count())
+    torch.set_num_threads(args.torch_threads or torch.get_num_threads())
     envs = make_envs(args.env_id, 1, args.env_kwargs)  # for their spaces; samplers have their own
     device = pick_device(args.device, envs.single_observation_space)
     agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(device)
@@ -573,7 +580,7 @@ def make_envs(env_id: str, num_envs: int, env_kwargs: str = "", render: bool = F
             if env_id not in gym.registry:
                 importlib.import_module("minatar.gym").register_envs()
         envs = gym.make_vec(env_id, num_envs, **options | kwargs)
-    except (gym.error.Error, ModuleNotFoundError) as error:
+    except (gym.error.Error, ImportError) as error:
         raise Refusal(f"{env_id} cannot be made: {error}") from error
     except TypeError as error:
         if (kwargs or render) and "argument" in str(error):
@@ -609,11 +616,13 @@ def action_map(space: Space) -> Callable[[np.ndarray], np.ndarray]:
     """From the policy's actions (N, ...) to the environment's: [-1, 1] becomes [low, high]; the rest is clipped."""
     if isinstance(space, Discrete):
         return lambda actions: actions + space.start
-    bounded = space.bounded_below & space.bounded_above
+    bounded = np.isfinite(space.high - space.low)
     low = np.where(bounded, space.low, -1)
     high = np.where(bounded, space.high, 1)
 
     def to_env(actions: np.ndarray) -> np.ndarray:
+        if not np.isfinite(actions).all():
+            raise Refusal(f"training diverged: an action is not finite; {Run.saved}")
         actions = actions.reshape(-1, *space.shape)
         scaled = low + (actions + 1) * ((high - low) / 2)
         clipped = np.minimum(np.maximum(scaled, space.low), space.high)  # faster than clip
@@ -666,8 +675,8 @@ class Run:
         self.bar = tqdm(
             total=args.total_timesteps, initial=self.step, unit=" steps", disable=not os.isatty(2), dynamic_ncols=True
         )
-        self.start = time.time() - self.wall_time
-        self.next_line = time.time() + 10  # for the lines in place of the bar where there is no terminal
+        self.start = time.perf_counter() - self.wall_time  # unlike the time of day, it never goes back
+        self.next_line = time.perf_counter() + 10  # for the lines in place of the bar where there is no terminal
 
     def import_optional(self) -> None:
         """Import what only some runs need, so that a missing package is missed before training."""
@@ -677,8 +686,16 @@ class Run:
                 self.wandb = importlib.import_module("wandb")
         except ModuleNotFoundError as error:
             raise Refusal(f"a package is missing: {error}") from error
-        if self.wandb and self.wandb.setup().settings.mode == "online" and not self.wandb.login(prompt=False):
-            raise Refusal("--track needs `wandb login` first, or WANDB_MODE=offline")
+        if self.wandb:
+            self.log_in()
+
+    def log_in(self) -> None:
+        """See that wandb will take what is logged; raises Refusal."""
+        try:
+            if self.wandb.setup().settings.mode == "online" and not self.wandb.login(prompt=False):
+                raise Refusal("--track needs `wandb login` first, or WANDB_MODE=offline")
+        except self.wandb.Error as error:
+            raise Refusal(f"--track: {error}; WANDB_MODE=offline needs no login") from error
 
     def lock_directory(self) -> None:
         """Keep other processes out for as long as this one lives."""
@@ -693,9 +710,11 @@ class Run:
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Record what happened since the last line: bar, metrics.jsonl, wandb and, when it is due, a checkpoint."""
+        if not np.isfinite(self.episode_returns).all():
+            self.fail(f"a return before step {step} is not finite")
         if not np.isfinite(list(metrics.values())).all():
             self.fail(f"training diverged before step {step}")
-        self.wall_time = time.time() - self.start
+        self.wall_time = time.perf_counter() - self.start
         episodes = self.episode_returns
         line = dict(
             global_step=step,
@@ -728,10 +747,13 @@ class Run:
         status = f"return {np.mean(self.last_returns):.2f}" if self.last_returns else "no episode has ended"
         self.bar.set_postfix_str(status, refresh=False)
         self.bar.update(step - self.bar.n)
-        if self.bar.disable and time.time() > self.next_line:
-            self.next_line = time.time() + 10
+        if self.bar.disable and time.perf_counter() > self.next_line:
+            self.next_line = time.perf_counter() + 10
             speed = step / self.wall_time
-            print(f"{step} of {self.args.total_timesteps} steps, {speed:.0f} steps/s, {status}", flush=True)
+            try:
+                print(f"{step} of {self.args.total_timesteps} steps, {speed:.0f} steps/s, {status}", flush=True)
+            except OSError:
+                return  # what reads the output has ended; the run need not
 
     def fail(self, reason: str) -> None:
         """Stop the run for a reason."""
@@ -771,7 +793,8 @@ class Run:
             raise Refusal(f"{path} is damaged; start the run anew in another --run-dir") from error
 
         now = asdict(self.args) | dict(algo=self.algo)
-        for name in ("algo", "env_id", "env_kwargs", "seed", "run_dir", "optimizer", "v_min", "v_max"):
+        fixed = ("algo", "env_id", "env_kwargs", "seed", "run_dir", "optimizer", "v_min", "v_max")
+        for name in (*fixed, "priority_exponent", "clip_reward"):  # a buffer may hold what was made with the last two
             if now.get(name) != before.get(name):
                 raise Refusal(f"{self.dir} holds a run with {name} {before.get(name)!r}, which cannot change")
         if now["total_timesteps"] < self.step:
@@ -779,6 +802,7 @@ class Run:
         planned = before.get("total_timesteps")
         if now["total_timesteps"] != planned:
             print(f"planned for {planned} steps, now for {now['total_timesteps']}: schedules, if any, are stretched")
+            (self.dir / "result.json").unlink(missing_ok=True)  # of the shorter run
         try:
             for name, part in self.parts.items():
                 state = states[name]
@@ -881,8 +905,8 @@ def check_video(args: Args) -> None:
     obs, _ = envs.reset()
     try:
         frame(envs, obs)
-    except (gym.error.Error, ImportError) as error:
-        raise Refusal(f"{args.env_id} cannot be filmed: {error}") from error
+    except Exception as error:  # what is raised depends on what is missing: a screen, a library, a picture
+        raise Refusal(f"{args.env_id} cannot be filmed: {error!r}") from error
     envs.close()
 
 
@@ -908,6 +932,7 @@ def find_family(env_id: str, env_kwargs: str) -> str:
 
 def parse_args(argv: list[str] | None = None) -> Args:
     """Flags over the defaults of the environment's family or, with --resume, over the arguments of that run."""
+    # The defaults depend on these three, so they are read first. A value that is missing is left for tyro to tell.
     first_look = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first_look.add_argument("--env-id", "--env_id", nargs="?", const=Args.env_id, default=Args.env_id)
     first_look.add_argument("--env-kwargs", "--env_kwargs", nargs="?", const="", default="")
@@ -919,7 +944,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
     else:
         family = find_family(given.env_id, given.env_kwargs)
         defaults = dict(env_id=given.env_id) | FAMILIES.get(family, {})
-        source = f"the defaults for {family or 'environments of no family'}"
+        source = f"the defaults for {family or Args.env_id + ' and all of no family'}"
     args = tyro.cli(Args, args=argv, default=Args(**defaults), description=f"{__doc__}\nShown are {source}.")
     print(f"{args.env_id} with {source}", flush=True)
     if args.capture_video:
@@ -950,9 +975,10 @@ def read_config(folder: Path) -> dict:
 
 
 def prepare_forks() -> None:
-    """Let SIGTERM end what an environment forks, for closing it may wait for that; Ctrl-C is for this process alone.
+    """Reset the signals in processes that an environment forks, which would else take them for ours.
 
-    So a SIGTERM to all processes ends such environments, too, and with them the run, at its last checkpoint.
+    SIGTERM ends such a process, since to close an environment may mean to send it one and to wait. Ctrl-C is ignored:
+    this process handles it. A SIGTERM to all processes thus ends the run, too, at its last checkpoint.
     """
     masks = []
 
@@ -983,6 +1009,7 @@ def main() -> None:
         except OSError:
             return  # what reads the output, such as tee, has been stopped, too
 
+    sys.stdout.reconfigure(errors="replace")  # a terminal may lack characters of a text or a path
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
     prepare_forks()
@@ -1004,7 +1031,7 @@ class Host:
     """What a process holds: a generator that turns each message into an answer, and the parts that it works on."""
 
     def __init__(self, function: Callable, parts: dict[str, nn.Module | torch.optim.Optimizer], **inputs: Any) -> None:
-        torch.set_num_threads(inputs["args"].torch_threads or os.cpu_count())
+        torch.set_num_threads(inputs["args"].torch_threads or torch.get_num_threads())
         self.parts = parts
         self.inbox = []
         self.answers = function(self.messages(), **parts, **inputs)
@@ -1098,7 +1125,7 @@ class Processes:
     def start(self) -> None:
         """Start the learner and the samplers; raises Refusal if that cannot be done."""
         W = self.args.num_samplers
-        begin = time.time()
+        begin = time.perf_counter()
         try:
             self.start_ray()
         except Exception as error:  # what is raised depends on what is wrong
@@ -1116,7 +1143,7 @@ class Processes:
             raise Refusal(f"Ray has found no room for {W} samplers, which take a CPU each") from error
         self.tell_guard()
         self.run.fetch = self.fetch
-        seconds = time.time() - begin
+        seconds = time.perf_counter() - begin
         self.run.start += seconds  # training has not begun
         self.run.next_line += seconds
         tqdm.write(f"the learner and {W} sampler{'s' if W > 1 else ''} have started in {seconds:.1f} s")
@@ -1250,10 +1277,12 @@ class RemoteRun(Run):
         self.ray = None
         if self.args.num_samplers == 0:
             return
+        if sys.platform == "win32":
+            raise Refusal("samplers need Linux or macOS; with --num-samplers 0 this process acts")
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # the learner sees its GPU
         if not self.args.address:
-            os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # on any system: listen to this machine alone
+            os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # on macOS, too: listen to this machine alone
             os.environ.setdefault("RAY_AUTH_MODE", "token")  # and there to this user alone
             os.environ.setdefault("RAY_AUTH_TOKEN", os.urandom(32).hex())
         try:

@@ -1,5 +1,5 @@
 # /// script
-# requires-python = ">=3.10"
+# requires-python = ">=3.10,<3.14"
 # dependencies = ["torch==2.13.0", "numpy==2.2.6", "gymnasium==1.4.0", "tyro==1.0.17", "tqdm==4.70.1",
 #   "filelock==3.20.0", "wandb==0.31.0", "transformers==5.20.2", "datasets==5.2.0"]
 # ///
@@ -19,11 +19,12 @@ batch. Nothing is differentiated through r: this is the score function's gradien
     python algos/ppo_rlhf.py --env-id reviews --model lvwerra/gpt2-imdb --prompts stanfordnlp/imdb \\
         --reward-model lvwerra/distilbert-imdb
 
-The people are a formula that judges reviews of hotels, with noise; so the true reward of any text is known. The
-evaluation samples, for a prompt has one likeliest text. Not in the papers: a small transformer, normalised advantages
-(the code of Ziegler et al. has them), clipped gradients, and that a response without an end loses --missing-eos-penalty
-from its score; one without a period gets a fixed reward of -1 in Ziegler et al. In their code, but not here: rewards
-are scaled and values clipped. In Ouyang et al., but not here: PPO also learns on from the texts of pretraining.
+The people are a formula that judges reviews of hotels, with noise; so the true reward of any text is known. Responses
+are sampled in the evaluation, too: the likeliest one would always be the same. Not in the papers: a small transformer,
+normalised advantages (the code of Ziegler et al. has them), clipped gradients, and that a response without an end loses
+--missing-eos-penalty from its score; one without a period gets a fixed reward of -1 in Ziegler et al. In their code,
+but not here: rewards are scaled and values clipped. In Ouyang et al., but not here: PPO also learns on from the texts
+of pretraining.
 
 Read to the end of train(); what follows the ruler is plumbing that the scripts share.
 """
@@ -68,10 +69,10 @@ class Args:
     num_pairs: int = 4000  # pairs of responses that people choose from
     rm_epochs: int = 3  # passes of the reward model over the pairs
     rm_learning_rate: float = 1e-3  # step size of the reward model
-    batch_size: int = 64  # demonstrations or pairs per gradient step
+    batch_size: int = 64  # demonstrations (or pairs, where there are any) per gradient step
     num_responses: int = 128  # N, responses per iteration
     max_new_tokens: int = 29  # T, the largest number of tokens in a response
-    temperature: float = 1.0  # divides the logits, in sampling and in all probabilities
+    temperature: float = 1.0  # divides the logits in sampling and, but for the supervised phase, in probabilities
     kl_coef: float = 0.1  # beta, weight of the KL to the reference
     target_kl: float = 0.0  # KL per response that beta is adapted to; 0 keeps beta as it is
     kl_horizon: int = 10_000  # responses in which beta can change by a fifth
@@ -81,7 +82,7 @@ class Args:
     learning_rate: float = 3e-4  # step size of the last phase
     anneal_lr: bool = True  # let the step size fall linearly to 0
     gamma: float = 1.0  # discount
-    gae_lambda: float = 0.95  # lambda of GAE, from 0 (one-step TD) to 1 (Monte Carlo)
+    gae_lambda: float = 0.95  # lambda of GAE, from 0 (one-step TD) to 1 (all rewards of the rollout)
     clip_coef: float = 0.2  # eps, the range of the probability ratio
     norm_advantages: bool = True  # shift and scale the advantages of a batch to mean 0 and deviation 1
     max_grad_norm: float = 1.0  # longer gradients are scaled down to this norm
@@ -91,7 +92,7 @@ class Args:
 
     model: str = "tiny"  # tiny, the transformer below, or the name or directory of a Hugging Face model
     prompts: str = ""  # your prompts: lines of a text file, JSON lines or a data set; if empty, the task's
-    max_prompt_tokens: int = 16  # longer prompts are cut
+    max_prompt_tokens: int = 16  # longer prompts lose their end
     preferences: str = ""  # your pairs: JSON lines or a data set with prompt, chosen, rejected; if empty, the task's
     reward_model: str = ""  # in place of r: a Hugging Face classifier, or module:function on PYTHONPATH
 
@@ -116,7 +117,7 @@ class Args:
         if self.target_kl > 0 and self.kl_coef == 0:
             raise Refusal("target_kl lets beta grow or shrink by factors from kl_coef on, which must be above 0")
         if self.target_kl > 0 and self.kl_horizon < self.num_responses:
-            raise Refusal("kl_horizon may not be below num_responses: one step could take beta below 0")
+            raise Refusal("kl_horizon may not be below num_responses: one step could change beta by more than a fifth")
         if self.prompts and not (self.preferences or self.reward_model):
             raise Refusal("prompts of your own need preferences or a reward_model: nobody knows what is good there")
 
@@ -151,7 +152,10 @@ class RewardModel(nn.Module):
 
 
 class KLController(nn.Module):
-    """What multiplies kl_coef: it follows the KL by a fifth at most in kl_horizon responses (Ziegler et al., 2.2)."""
+    """What multiplies kl_coef: it grows while the KL is above target_kl and falls while it is below.
+
+    In kl_horizon responses it changes by a fifth at most (Ziegler et al., section 2.2).
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -172,7 +176,7 @@ def reward_loss(model: RewardModel, batch: dict[str, Tensor]) -> tuple[Tensor, d
 
 
 def fit_reward_model(model: RewardModel, pairs: dict[str, Tensor], run: "Run", args: Args) -> dict[str, float]:
-    """Minimise the loss on nine tenths of the pairs; returns how often the other choices are foreseen."""
+    """Minimise the loss on nine tenths of the pairs; returns the accuracy on the others."""
     device = next(model.parameters()).device
     pairs = {name: column.to(device) for name, column in pairs.items()}
     rows = torch.randperm(len(pairs["chosen"]))
@@ -268,7 +272,7 @@ def value_loss(
 def train(args: Args) -> dict:
     """Train, evaluate, and return what result.json holds; raises Refusal with one sentence on bad input."""
     torch.manual_seed(args.seed)
-    torch.set_num_threads(args.torch_threads or os.cpu_count())
+    torch.set_num_threads(args.torch_threads or torch.get_num_threads())
     device = pick_device(args.device)
     task = Reviews(args)
     tokenizer, actor = make_language_model(task, args)
@@ -302,7 +306,7 @@ def train(args: Args) -> dict:
         phases.pairs, numbers = collect_pairs(reference, tokenizer, task, args)
         phases.end("pairs", run, numbers)
 
-    # Fit the reward model to their choices. It starts from the reference, and the critic from the reward model.
+    # Fit the reward model, which starts from the reference, to their choices. The critic starts from it.
     if phases.begin("reward model", run):
         numbers = {}
         if not args.reward_model:
@@ -366,7 +370,7 @@ def train(args: Args) -> dict:
         gold = task.rewards(texts, ended, proxy)  # the true rewards, for the log: nothing is learned from them
         run.episode_returns += gold.tolist()
         metrics = dict(
-            proxy_reward=proxy.mean(), gold_reward=gold.mean(), kl=kl, objective=proxy.mean() - beta * kl,
+            proxy_reward=proxy.mean(), gold_reward=gold.mean(), kl=kl, objective=scores.mean() - beta * kl,
             response_length=mask.sum() / N, eos_fraction=ended.float().mean(),
             distinct_fraction=torch.tensor(len(set(texts)) / N), kl_coef=beta,
         )  # fmt: skip
@@ -745,12 +749,23 @@ def collect_pairs(model: LanguageModel, tokenizer: object, task: object, args: A
 
 
 def encode_pairs(pairs: list[dict[str, str]], tokenizer: object, args: Args) -> dict[str, Tensor]:
-    """The pairs of --preferences as tokens (num_pairs, L)."""
-    prompts = [tokenizer.encode(pair["prompt"], True)[: args.max_prompt_tokens] for pair in pairs]
+    """The pairs of --preferences as tokens (num_pairs, L). Says how many are cut; raises Refusal if none differ."""
+    P = args.max_prompt_tokens
+    T = args.max_new_tokens
+    prompts = [tokenizer.encode(pair["prompt"], True) for pair in pairs]
     columns = {}
+    num_cut = 0
     for key in ("chosen", "rejected"):
         responses = [[*tokenizer.encode(pair[key], False), tokenizer.end] for pair in pairs]
-        columns[key], columns[f"{key}_real"] = collate(prompts, responses, args.max_new_tokens)
+        num_cut += sum(len(response) > T for response in responses)
+        columns[key], columns[f"{key}_real"] = collate([prompt[:P] for prompt in prompts], responses, T)
+    if torch.equal(columns["chosen"], columns["rejected"]):
+        raise Refusal(f"no pair of {args.preferences} differs within max_new_tokens = {T}")
+    if num_cut:
+        print(f"{num_cut} of {2 * len(pairs)} responses are cut, longer than --max-new-tokens {T}", flush=True)
+    num_cut = sum(len(prompt) > P for prompt in prompts)
+    if num_cut:
+        print(f"{num_cut} of {len(pairs)} prompts are cut, longer than --max-prompt-tokens {P}", flush=True)
     return columns
 
 
@@ -773,7 +788,7 @@ def read_texts(name: str, columns: list[str]) -> list[str]:
         return []
     if Path(name).is_file() and Path(name).suffix != ".jsonl":
         try:
-            texts = Path(name).read_text().splitlines()
+            texts = Path(name).read_text(encoding="utf-8").splitlines()
         except ValueError as error:
             raise Refusal(f"{name} is no text: {error}") from error
     else:
@@ -794,7 +809,8 @@ def read_rows(name: str) -> list[dict]:
     """The rows of a file of JSON lines or of the training split of a Hugging Face data set."""
     if Path(name).is_file():
         try:
-            rows = [json.loads(line) for line in Path(name).read_text().splitlines() if line.strip()]
+            text = Path(name).read_text(encoding="utf-8")
+            rows = [json.loads(line) for line in text.split("\n") if line.strip()]
         except ValueError as error:
             raise Refusal(f"{name} has a line that is no JSON: {error}") from error
         if not all(isinstance(row, dict) for row in rows):
@@ -906,7 +922,7 @@ class Phases:
         """Say what came of the phase, and save."""
         self.done.append(name)
         self.numbers |= numbers
-        run.wall_time = time.time() - run.start
+        run.wall_time = time.perf_counter() - run.start
         run.save()
         report = ", ".join(f"{key.replace('_', ' ')} {number:.2f}" for key, number in numbers.items())
         run.bar.write(f"{name} phase: {report or 'done'}")
@@ -1071,8 +1087,8 @@ class Run:
         self.bar = tqdm(
             total=args.total_timesteps, initial=self.step, unit=" steps", disable=not os.isatty(2), dynamic_ncols=True
         )
-        self.start = time.time() - self.wall_time
-        self.next_line = time.time() + 10  # for the lines in place of the bar where there is no terminal
+        self.start = time.perf_counter() - self.wall_time  # unlike the time of day, it never goes back
+        self.next_line = time.perf_counter() + 10  # for the lines in place of the bar where there is no terminal
 
     def import_optional(self) -> None:
         """Import what only some runs need, so that a missing package is missed before training."""
@@ -1082,8 +1098,16 @@ class Run:
                 self.wandb = importlib.import_module("wandb")
         except ModuleNotFoundError as error:
             raise Refusal(f"a package is missing: {error}") from error
-        if self.wandb and self.wandb.setup().settings.mode == "online" and not self.wandb.login(prompt=False):
-            raise Refusal("--track needs `wandb login` first, or WANDB_MODE=offline")
+        if self.wandb:
+            self.log_in()
+
+    def log_in(self) -> None:
+        """See that wandb will take what is logged; raises Refusal."""
+        try:
+            if self.wandb.setup().settings.mode == "online" and not self.wandb.login(prompt=False):
+                raise Refusal("--track needs `wandb login` first, or WANDB_MODE=offline")
+        except self.wandb.Error as error:
+            raise Refusal(f"--track: {error}; WANDB_MODE=offline needs no login") from error
 
     def lock_directory(self) -> None:
         """Keep other processes out for as long as this one lives."""
@@ -1098,9 +1122,11 @@ class Run:
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Record what happened since the last line: bar, metrics.jsonl, wandb and, when it is due, a checkpoint."""
+        if not np.isfinite(self.episode_returns).all():
+            self.fail(f"a return before step {step} is not finite")
         if not np.isfinite(list(metrics.values())).all():
             self.fail(f"training diverged before step {step}")
-        self.wall_time = time.time() - self.start
+        self.wall_time = time.perf_counter() - self.start
         episodes = self.episode_returns
         line = dict(
             global_step=step,
@@ -1133,10 +1159,13 @@ class Run:
         status = f"return {np.mean(self.last_returns):.2f}" if self.last_returns else "no episode has ended"
         self.bar.set_postfix_str(status, refresh=False)
         self.bar.update(step - self.bar.n)
-        if self.bar.disable and time.time() > self.next_line:
-            self.next_line = time.time() + 10
+        if self.bar.disable and time.perf_counter() > self.next_line:
+            self.next_line = time.perf_counter() + 10
             speed = step / self.wall_time
-            print(f"{step} of {self.args.total_timesteps} steps, {speed:.0f} steps/s, {status}", flush=True)
+            try:
+                print(f"{step} of {self.args.total_timesteps} steps, {speed:.0f} steps/s, {status}", flush=True)
+            except OSError:
+                return  # what reads the output has ended; the run need not
 
     def fail(self, reason: str) -> None:
         """Stop the run for a reason."""
@@ -1176,7 +1205,8 @@ class Run:
             raise Refusal(f"{path} is damaged; start the run anew in another --run-dir") from error
 
         now = asdict(self.args) | dict(algo=self.algo)
-        for name in ("algo", "env_id", "env_kwargs", "seed", "run_dir", "optimizer", "v_min", "v_max"):
+        fixed = ("algo", "env_id", "env_kwargs", "seed", "run_dir", "optimizer", "v_min", "v_max")
+        for name in (*fixed, "priority_exponent", "clip_reward"):  # a buffer may hold what was made with the last two
             if now.get(name) != before.get(name):
                 raise Refusal(f"{self.dir} holds a run with {name} {before.get(name)!r}, which cannot change")
         if now["total_timesteps"] < self.step:
@@ -1184,6 +1214,7 @@ class Run:
         planned = before.get("total_timesteps")
         if now["total_timesteps"] != planned:
             print(f"planned for {planned} steps, now for {now['total_timesteps']}: schedules, if any, are stretched")
+            (self.dir / "result.json").unlink(missing_ok=True)  # of the shorter run
         try:
             for name, part in self.parts.items():
                 state = states[name]
@@ -1296,6 +1327,7 @@ def judge(
 
 def parse_args(argv: list[str] | None = None) -> Args:
     """Flags over the defaults of the task or of --model or, with --resume, over the arguments of that run."""
+    # The defaults depend on these three, so they are read first. A value that is missing is left for tyro to tell.
     first_look = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first_look.add_argument("--env-id", "--env_id", nargs="?", const=Args.env_id, default=Args.env_id)
     first_look.add_argument("--model", nargs="?", const=Args.model, default=Args.model)
@@ -1336,9 +1368,10 @@ def read_config(folder: Path) -> dict:
 
 
 def prepare_forks() -> None:
-    """Let SIGTERM end what an environment forks, for closing it may wait for that; Ctrl-C is for this process alone.
+    """Reset the signals in processes that an environment forks, which would else take them for ours.
 
-    So a SIGTERM to all processes ends such environments, too, and with them the run, at its last checkpoint.
+    SIGTERM ends such a process, since to close an environment may mean to send it one and to wait. Ctrl-C is ignored:
+    this process handles it. A SIGTERM to all processes thus ends the run, too, at its last checkpoint.
     """
     masks = []
 
@@ -1369,6 +1402,7 @@ def main() -> None:
         except OSError:
             return  # what reads the output, such as tee, has been stopped, too
 
+    sys.stdout.reconfigure(errors="replace")  # a terminal may lack characters of a text or a path
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
     prepare_forks()

@@ -1,5 +1,5 @@
 # /// script
-# requires-python = ">=3.10"
+# requires-python = ">=3.10,<3.14"
 # dependencies = ["torch==2.13.0", "numpy==2.2.6", "gymnasium[box2d,classic-control,mujoco]==1.4.0", "mujoco==3.15.0",
 #   "ale-py==0.12.1", "MinAtar==1.0.15", "tyro==1.0.17", "tqdm==4.70.1", "filelock==3.20.0", "moviepy==2.2.1",
 #   "wandb==0.31.0"]
@@ -7,21 +7,23 @@
 """Prioritized DQN: Double DQN that replays most often what it predicts worst.
 
 Schaul et al. 2016, arXiv:1511.05952. Child of double_dqn.py: replay in proportion to the TD error. Importance weights
-undo what this does to the mean of the gradient, wholly at the end of the run.
+undo what this does to the direction of the mean gradient, wholly at the end of the run.
 
     delta = r + gamma Q_target(s', argmax_a' Q(s', a')) - Q(s, a)
     P(i) = p_i^alpha / sum_k p_k^alpha    with  p_i = |delta_i| + eps  of the last time that i was replayed
     L = mean_i w_i delta_i^2    with  w_i = (M P(i))^-beta / max_j (M P(j))^-beta  and i drawn with probability P(i)
 
 A transition that has not been replayed yet has the largest priority so far. The maximum over j is over all M
-transitions in the buffer. The policy is epsilon-greedy in Q, and Q_target is a copy of Q, renewed now and then.
+transitions in the buffer. Where s' is terminal, delta is r - Q(s, a). The policy is epsilon-greedy in Q; Q_target is a
+copy of Q, renewed every --target-network-frequency steps.
 
     python algos/prioritized_dqn.py --env-id CartPole-v1       # 500 after 50,000 steps
     python algos/prioritized_dqn.py --env-id LunarLander-v3    # 247 after 300,000 steps
 
-Not in the paper: Adam in place of RMSprop, a step size that falls to 0, an epsilon that falls from the first step on
-and is 0 in the evaluation, and a clipped norm of the gradient in place of clipped errors, under which the best Q is not
-the mean of the targets. All periods count single steps, so that several environments learn as often as one.
+Not in the paper: Adam in place of RMSprop, a step size that falls to 0 (not on MinAtar and Atari), an epsilon that
+falls from the first step on and is 0 in the evaluation, and a clipped norm of the gradient in place of clipped errors:
+with those, the Q of least loss is not the mean of the targets. So priorities have no upper bound, either, which in the
+paper is 1 + eps. All periods count single steps, so that several environments learn as often as one.
 
 Read to the end of train(); what follows the ruler is plumbing that the scripts share.
 """
@@ -76,7 +78,7 @@ class Args:
     exploration_fraction: float = 0.2  # share of the run over which epsilon falls linearly
     max_grad_norm: float = 10.0  # longer gradients are scaled down to this norm
     hidden_size: int = 128  # units in each hidden layer of the MLPs
-    clip_reward: bool = False  # learn from rewards clipped to [-1, 1]; the log has them whole
+    clip_reward: bool = False  # learn from rewards clipped to [-1, 1]; the log shows them unclipped
     save_buffer: bool = False  # keep the replay buffer in checkpoints; else a resumed run has to fill a new one
     compile: bool = False  # compile the gradient step: 10 s at the start, then 2 to 3 times as fast
 
@@ -148,14 +150,17 @@ class Priorities(nn.Module):
         self.add(buffer)  # takes out the last step of a resumed run, which is no longer valid
 
     def add(self, buffer: "ReplayBuffer") -> None:
-        """To be called after buffer.add(): the newest steps get the largest priority so far (algorithm 1, line 6)."""
-        head = int(buffer.t) % buffer.num_rows  # this row has the newest observations, but no steps yet
+        """To be called after buffer.add(): the newest steps get the largest priority so far (algorithm 1, line 6).
+
+        The row at the head gets 0: its observations are the newest ones, but their steps have not been taken yet.
+        """
+        head = int(buffer.t) % buffer.num_rows
         newest = (head - 1) % buffer.num_rows
         rows = np.array([[newest], [head]])
         places = rows * buffer.num_envs + np.arange(buffer.num_envs)  # (2, N)
-        priorities = np.zeros(places.shape)
-        priorities[0] = self.largest.item() * buffer.valid[newest]
-        self.tree.update(places.reshape(-1), priorities.reshape(-1))
+        powers = np.zeros(places.shape)  # p^alpha
+        powers[0] = self.largest.item() * buffer.valid[newest]
+        self.tree.update(places.reshape(-1), powers.reshape(-1))
 
     def draw(self, batch_size: int) -> np.ndarray:
         """Places (batch_size,), i with probability P(i) = p_i^alpha / sum_k p_k^alpha (eq. 1).
@@ -172,9 +177,9 @@ class Priorities(nn.Module):
     def update(self, places: np.ndarray, errors: Tensor) -> None:
         """p_i = |delta_i| + eps (section 3.3) for these places (B,), whose |delta_i| (B,) are the errors."""
         p = errors.numpy(force=True).astype(np.float64) + self.eps
-        priorities = p**self.alpha
-        self.tree.update(places, priorities)
-        self.largest.fill_(max(self.largest.item(), priorities.max()))
+        powers = p**self.alpha
+        self.tree.update(places, powers)
+        self.largest.fill_(max(self.largest.item(), powers.max()))
 
 
 def linear_schedule(start: float, end: float, duration: float, t: float) -> float:
@@ -183,7 +188,7 @@ def linear_schedule(start: float, end: float, duration: float, t: float) -> floa
 
 
 def td_target(rewards: Tensor, terminated: Tensor, next_values: Tensor, gamma: float | Tensor) -> Tensor:
-    """y from rewards, terminated and next_values, (B,) each or broadcast; truncation does not stop the bootstrap."""
+    """y (B,): r + gamma V(s') or, where s' is terminal, r. A truncation is no end. Inputs (B,) each or broadcast."""
     return rewards + gamma * ~terminated * next_values
 
 
@@ -191,7 +196,7 @@ def critic_loss(agent: Agent, target: Agent, batch: dict[str, Tensor], args: Arg
     """The loss of Q on a batch with one transition and one weight per row, and what to log."""
     with torch.no_grad():
         next_actions = agent(batch["next_obs"]).argmax(-1, keepdim=True)
-        next_values = target(batch["next_obs"]).gather(-1, next_actions).squeeze(-1)  # Double DQN eq. 4
+        next_values = target(batch["next_obs"]).gather(-1, next_actions).squeeze(-1)  # Double DQN, cf. eq. 4
         y = td_target(batch["rewards"], batch["terminated"], next_values, args.gamma)  # DQN algorithm 1
 
     q = agent(batch["obs"]).gather(-1, batch["actions"][:, None]).squeeze(-1)
@@ -203,7 +208,7 @@ def critic_loss(agent: Agent, target: Agent, batch: dict[str, Tensor], args: Arg
 def train(args: Args) -> dict:
     """Train, evaluate, and return what result.json holds; raises Refusal with one sentence on bad input."""
     torch.manual_seed(args.seed)
-    torch.set_num_threads(args.torch_threads or os.cpu_count())
+    torch.set_num_threads(args.torch_threads or torch.get_num_threads())
     envs = make_envs(args.env_id, args.num_envs, args.env_kwargs)
     obs_space = envs.single_observation_space
     action_space = envs.single_action_space
@@ -655,7 +660,7 @@ def make_envs(env_id: str, num_envs: int, env_kwargs: str = "", render: bool = F
             if env_id not in gym.registry:
                 importlib.import_module("minatar.gym").register_envs()
         envs = gym.make_vec(env_id, num_envs, **options | kwargs)
-    except (gym.error.Error, ModuleNotFoundError) as error:
+    except (gym.error.Error, ImportError) as error:
         raise Refusal(f"{env_id} cannot be made: {error}") from error
     except TypeError as error:
         if (kwargs or render) and "argument" in str(error):
@@ -691,11 +696,13 @@ def action_map(space: Space) -> Callable[[np.ndarray], np.ndarray]:
     """From the policy's actions (N, ...) to the environment's: [-1, 1] becomes [low, high]; the rest is clipped."""
     if isinstance(space, Discrete):
         return lambda actions: actions + space.start
-    bounded = space.bounded_below & space.bounded_above
+    bounded = np.isfinite(space.high - space.low)
     low = np.where(bounded, space.low, -1)
     high = np.where(bounded, space.high, 1)
 
     def to_env(actions: np.ndarray) -> np.ndarray:
+        if not np.isfinite(actions).all():
+            raise Refusal(f"training diverged: an action is not finite; {Run.saved}")
         actions = actions.reshape(-1, *space.shape)
         scaled = low + (actions + 1) * ((high - low) / 2)
         clipped = np.minimum(np.maximum(scaled, space.low), space.high)  # faster than clip
@@ -748,8 +755,8 @@ class Run:
         self.bar = tqdm(
             total=args.total_timesteps, initial=self.step, unit=" steps", disable=not os.isatty(2), dynamic_ncols=True
         )
-        self.start = time.time() - self.wall_time
-        self.next_line = time.time() + 10  # for the lines in place of the bar where there is no terminal
+        self.start = time.perf_counter() - self.wall_time  # unlike the time of day, it never goes back
+        self.next_line = time.perf_counter() + 10  # for the lines in place of the bar where there is no terminal
 
     def import_optional(self) -> None:
         """Import what only some runs need, so that a missing package is missed before training."""
@@ -759,8 +766,16 @@ class Run:
                 self.wandb = importlib.import_module("wandb")
         except ModuleNotFoundError as error:
             raise Refusal(f"a package is missing: {error}") from error
-        if self.wandb and self.wandb.setup().settings.mode == "online" and not self.wandb.login(prompt=False):
-            raise Refusal("--track needs `wandb login` first, or WANDB_MODE=offline")
+        if self.wandb:
+            self.log_in()
+
+    def log_in(self) -> None:
+        """See that wandb will take what is logged; raises Refusal."""
+        try:
+            if self.wandb.setup().settings.mode == "online" and not self.wandb.login(prompt=False):
+                raise Refusal("--track needs `wandb login` first, or WANDB_MODE=offline")
+        except self.wandb.Error as error:
+            raise Refusal(f"--track: {error}; WANDB_MODE=offline needs no login") from error
 
     def lock_directory(self) -> None:
         """Keep other processes out for as long as this one lives."""
@@ -775,9 +790,11 @@ class Run:
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Record what happened since the last line: bar, metrics.jsonl, wandb and, when it is due, a checkpoint."""
+        if not np.isfinite(self.episode_returns).all():
+            self.fail(f"a return before step {step} is not finite")
         if not np.isfinite(list(metrics.values())).all():
             self.fail(f"training diverged before step {step}")
-        self.wall_time = time.time() - self.start
+        self.wall_time = time.perf_counter() - self.start
         episodes = self.episode_returns
         line = dict(
             global_step=step,
@@ -810,10 +827,13 @@ class Run:
         status = f"return {np.mean(self.last_returns):.2f}" if self.last_returns else "no episode has ended"
         self.bar.set_postfix_str(status, refresh=False)
         self.bar.update(step - self.bar.n)
-        if self.bar.disable and time.time() > self.next_line:
-            self.next_line = time.time() + 10
+        if self.bar.disable and time.perf_counter() > self.next_line:
+            self.next_line = time.perf_counter() + 10
             speed = step / self.wall_time
-            print(f"{step} of {self.args.total_timesteps} steps, {speed:.0f} steps/s, {status}", flush=True)
+            try:
+                print(f"{step} of {self.args.total_timesteps} steps, {speed:.0f} steps/s, {status}", flush=True)
+            except OSError:
+                return  # what reads the output has ended; the run need not
 
     def fail(self, reason: str) -> None:
         """Stop the run for a reason."""
@@ -853,7 +873,8 @@ class Run:
             raise Refusal(f"{path} is damaged; start the run anew in another --run-dir") from error
 
         now = asdict(self.args) | dict(algo=self.algo)
-        for name in ("algo", "env_id", "env_kwargs", "seed", "run_dir", "optimizer", "v_min", "v_max"):
+        fixed = ("algo", "env_id", "env_kwargs", "seed", "run_dir", "optimizer", "v_min", "v_max")
+        for name in (*fixed, "priority_exponent", "clip_reward"):  # a buffer may hold what was made with the last two
             if now.get(name) != before.get(name):
                 raise Refusal(f"{self.dir} holds a run with {name} {before.get(name)!r}, which cannot change")
         if now["total_timesteps"] < self.step:
@@ -861,6 +882,7 @@ class Run:
         planned = before.get("total_timesteps")
         if now["total_timesteps"] != planned:
             print(f"planned for {planned} steps, now for {now['total_timesteps']}: schedules, if any, are stretched")
+            (self.dir / "result.json").unlink(missing_ok=True)  # of the shorter run
         try:
             for name, part in self.parts.items():
                 state = states[name]
@@ -963,8 +985,8 @@ def check_video(args: Args) -> None:
     obs, _ = envs.reset()
     try:
         frame(envs, obs)
-    except (gym.error.Error, ImportError) as error:
-        raise Refusal(f"{args.env_id} cannot be filmed: {error}") from error
+    except Exception as error:  # what is raised depends on what is missing: a screen, a library, a picture
+        raise Refusal(f"{args.env_id} cannot be filmed: {error!r}") from error
     envs.close()
 
 
@@ -990,6 +1012,7 @@ def find_family(env_id: str, env_kwargs: str) -> str:
 
 def parse_args(argv: list[str] | None = None) -> Args:
     """Flags over the defaults of the environment's family or, with --resume, over the arguments of that run."""
+    # The defaults depend on these three, so they are read first. A value that is missing is left for tyro to tell.
     first_look = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first_look.add_argument("--env-id", "--env_id", nargs="?", const=Args.env_id, default=Args.env_id)
     first_look.add_argument("--env-kwargs", "--env_kwargs", nargs="?", const="", default="")
@@ -1001,7 +1024,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
     else:
         family = find_family(given.env_id, given.env_kwargs)
         defaults = dict(env_id=given.env_id) | FAMILIES.get(family, {})
-        source = f"the defaults for {family or 'environments of no family'}"
+        source = f"the defaults for {family or Args.env_id + ' and all of no family'}"
     args = tyro.cli(Args, args=argv, default=Args(**defaults), description=f"{__doc__}\nShown are {source}.")
     print(f"{args.env_id} with {source}", flush=True)
     if args.capture_video:
@@ -1032,9 +1055,10 @@ def read_config(folder: Path) -> dict:
 
 
 def prepare_forks() -> None:
-    """Let SIGTERM end what an environment forks, for closing it may wait for that; Ctrl-C is for this process alone.
+    """Reset the signals in processes that an environment forks, which would else take them for ours.
 
-    So a SIGTERM to all processes ends such environments, too, and with them the run, at its last checkpoint.
+    SIGTERM ends such a process, since to close an environment may mean to send it one and to wait. Ctrl-C is ignored:
+    this process handles it. A SIGTERM to all processes thus ends the run, too, at its last checkpoint.
     """
     masks = []
 
@@ -1065,6 +1089,7 @@ def main() -> None:
         except OSError:
             return  # what reads the output, such as tee, has been stopped, too
 
+    sys.stdout.reconfigure(errors="replace")  # a terminal may lack characters of a text or a path
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
     prepare_forks()

@@ -1,5 +1,5 @@
 # /// script
-# requires-python = ">=3.10"
+# requires-python = ">=3.10,<3.14"
 # dependencies = ["torch==2.13.0", "numpy==2.2.6", "gymnasium[box2d,classic-control,mujoco]==1.4.0", "mujoco==3.15.0",
 #   "ale-py==0.12.1", "MinAtar==1.0.15", "tyro==1.0.17", "tqdm==4.70.1", "filelock==3.20.0", "moviepy==2.2.1",
 #   "wandb==0.31.0"]
@@ -8,6 +8,7 @@
 
 Williams 1992, Simple statistical gradient-following algorithms for connectionist reinforcement learning; Sutton & Barto
 2018, ch. 13. Root of the policy gradients: each gradient step learns from one whole episode of each of N environments.
+Until the longest one is over, the others run on; these steps are counted, but nothing is learned from them.
 
     grad J = E[sum_t (G_t - b_t) grad log pi(a_t|s_t) + c2 grad H(pi(.|s_t))]
 
@@ -17,12 +18,13 @@ with --baseline none it is 0.
 
     python algos/reinforce.py --env-id CartPole-v1    # 500 after 200,000 steps
 
-Not in the book: the entropy bonus, N episodes to a gradient step, Adam, a step size that falls to 0, and a gradient
-divided by the number of steps, so that long episodes make no longer step. That number depends on the actions, too: this
-is a bias, which shrinks as N grows. G - b is divided by its root mean square, so c2 weighs the entropy against weights
-of size 1. There is no gamma^t before G_t, rewards and observations are normalised on some environments, gradients are
-clipped, layers start orthogonal, and actions in [-1, 1] are scaled to the bounds of the environment. An episode that is
-cut, by a time limit, --horizon or the end of the budget, goes on with V(s_T) if V is learned, and else just ends.
+Not in the book: the entropy bonus, N episodes to a gradient step, Adam, a step size that falls to 0, and two divisors.
+The gradient is divided by the number of steps, so that long episodes make no longer step, and G - b by its root mean
+square, so that c2 weighs the entropy against weights of size 1. Both depend on the actions, too: this is a bias, which
+shrinks as N grows. There is no gamma^t before G_t, rewards and observations are normalised on some environments,
+gradients are clipped, layers start orthogonal, and actions in [-1, 1] are scaled to the bounds of the environment. An
+episode that is cut, by a time limit, --horizon or the end of the budget, goes on with V(s_T) if V is learned, and else
+just ends.
 
 Read to the end of train(); what follows the ruler is plumbing that the scripts share.
 """
@@ -72,8 +74,8 @@ class Args:
     hidden_size: int = 64  # units in each hidden layer of the MLPs
     log_std_init: float = 0.0  # logarithm of the initial standard deviation (Box actions)
     norm_obs: bool = False  # normalise vector observations by their running mean and deviation, then clip to [-10, 10]
-    norm_reward: bool = True  # divide rewards by the running deviation of the discounted return, then clip to [-10, 10]
-    clip_reward: bool = False  # learn from rewards clipped to [-1, 1]; the log has them whole
+    norm_reward: bool = True  # divide rewards by the running deviation of their discounted sum, then clip to [-10, 10]
+    clip_reward: bool = False  # learn from rewards clipped to [-1, 1]; the log shows them unclipped
     compile: bool = False  # compile the gradient step: 10 s at the start, then 2 to 3 times as fast
 
     seed: int = 1  # of weights, actions, minibatches and environments
@@ -96,6 +98,8 @@ class Args:
             raise Refusal(f"num_envs = {self.num_envs} may not exceed total_timesteps")
         if self.baseline == "mean" and self.num_envs == 1:
             raise Refusal("baseline mean is that of the other episodes: num_envs must be at least 2")
+        if self.weight == "return" and self.num_envs == 1 and self.baseline == "none":
+            raise Refusal("one return divided by its own size is 1 or -1: weight return needs num_envs of at least 2")
 
 
 class Agent(nn.Module):
@@ -154,7 +158,7 @@ def compute_returns(rewards: Tensor, values: Tensor, terminated: Tensor, done: T
     An end of either kind (done = terminated or truncated) stops the sum. Values continue what was cut.
     """
     rewards = rewards + gamma * (done & ~terminated) * values[1:]  # an episode that was truncated goes on with V
-    decays = gamma * ~done
+    decays = gamma * (~done).to(rewards.dtype)
     rewards = rewards.numpy(force=True)  # in numpy the loop runs 40 times as fast
     decays = decays.numpy(force=True)
     returns = np.zeros_like(rewards)
@@ -181,7 +185,7 @@ def compute_weights(returns: Tensor, values: Tensor, valid: Tensor, weight: str,
 
 
 def reinforce_loss(agent: Agent, batch: dict[str, Tensor], args: Args) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss whose gradient is -grad J, plus that of V, on a batch with one transition per row, and what to log."""
+    """A loss with the gradient -grad J, plus that of V, on a batch with one transition per row, and what to log."""
     policy, values = agent(batch["obs"])
     policy_loss = -(policy.log_prob(batch["actions"]) * batch["weights"]).mean()  # eq. 13.8 or, with b, 13.11
     value_loss = F.mse_loss(values, batch["returns"])
@@ -195,7 +199,7 @@ def reinforce_loss(agent: Agent, batch: dict[str, Tensor], args: Args) -> tuple[
 def train(args: Args) -> dict:
     """Train, evaluate, and return what result.json holds; raises Refusal with one sentence on bad input."""
     torch.manual_seed(args.seed)
-    torch.set_num_threads(args.torch_threads or os.cpu_count())
+    torch.set_num_threads(args.torch_threads or torch.get_num_threads())
     envs = make_envs(args.env_id, args.num_envs, args.env_kwargs)
     to_env = action_map(envs.single_action_space)
     device = pick_device(args.device, envs.single_observation_space)
@@ -215,7 +219,7 @@ def train(args: Args) -> dict:
         obs, _ = envs.reset()
         ended = np.zeros(N, bool)
         score = np.zeros(N)  # return so far of the running episodes
-        discounted = np.zeros(N)  # sum so far of the rewards that are learned from, older ones discounted
+        discounted = np.zeros(N)  # sum of the rewards so far, that of k steps ago times gamma^k; it scales them
         rollout = []
         for _ in range(min(args.horizon, (args.total_timesteps - run.step) // N)):
             action = agent.act(obs)
@@ -250,7 +254,7 @@ def train(args: Args) -> dict:
                 values = torch.cat([values, last_values]).view(T + 1, N)
         batch["returns"] = compute_returns(rewards, values, batch["terminated"], batch["done"], args.gamma)
         weights = compute_weights(batch["returns"], values[:-1], valid, args.weight, args.baseline)
-        batch["weights"] = weights / (weights[valid].square().mean().sqrt() + 1e-8)  # not shifted: b is the baseline
+        batch["weights"] = weights / (weights[valid].square().mean().sqrt() + 1e-8)  # not centred: that is up to b
 
         # Optimise the objective by one gradient step.
         names = ("obs", "actions", "weights", "returns")
@@ -543,7 +547,7 @@ def make_envs(env_id: str, num_envs: int, env_kwargs: str = "", render: bool = F
             if env_id not in gym.registry:
                 importlib.import_module("minatar.gym").register_envs()
         envs = gym.make_vec(env_id, num_envs, **options | kwargs)
-    except (gym.error.Error, ModuleNotFoundError) as error:
+    except (gym.error.Error, ImportError) as error:
         raise Refusal(f"{env_id} cannot be made: {error}") from error
     except TypeError as error:
         if (kwargs or render) and "argument" in str(error):
@@ -579,11 +583,13 @@ def action_map(space: Space) -> Callable[[np.ndarray], np.ndarray]:
     """From the policy's actions (N, ...) to the environment's: [-1, 1] becomes [low, high]; the rest is clipped."""
     if isinstance(space, Discrete):
         return lambda actions: actions + space.start
-    bounded = space.bounded_below & space.bounded_above
+    bounded = np.isfinite(space.high - space.low)
     low = np.where(bounded, space.low, -1)
     high = np.where(bounded, space.high, 1)
 
     def to_env(actions: np.ndarray) -> np.ndarray:
+        if not np.isfinite(actions).all():
+            raise Refusal(f"training diverged: an action is not finite; {Run.saved}")
         actions = actions.reshape(-1, *space.shape)
         scaled = low + (actions + 1) * ((high - low) / 2)
         clipped = np.minimum(np.maximum(scaled, space.low), space.high)  # faster than clip
@@ -636,8 +642,8 @@ class Run:
         self.bar = tqdm(
             total=args.total_timesteps, initial=self.step, unit=" steps", disable=not os.isatty(2), dynamic_ncols=True
         )
-        self.start = time.time() - self.wall_time
-        self.next_line = time.time() + 10  # for the lines in place of the bar where there is no terminal
+        self.start = time.perf_counter() - self.wall_time  # unlike the time of day, it never goes back
+        self.next_line = time.perf_counter() + 10  # for the lines in place of the bar where there is no terminal
 
     def import_optional(self) -> None:
         """Import what only some runs need, so that a missing package is missed before training."""
@@ -647,8 +653,16 @@ class Run:
                 self.wandb = importlib.import_module("wandb")
         except ModuleNotFoundError as error:
             raise Refusal(f"a package is missing: {error}") from error
-        if self.wandb and self.wandb.setup().settings.mode == "online" and not self.wandb.login(prompt=False):
-            raise Refusal("--track needs `wandb login` first, or WANDB_MODE=offline")
+        if self.wandb:
+            self.log_in()
+
+    def log_in(self) -> None:
+        """See that wandb will take what is logged; raises Refusal."""
+        try:
+            if self.wandb.setup().settings.mode == "online" and not self.wandb.login(prompt=False):
+                raise Refusal("--track needs `wandb login` first, or WANDB_MODE=offline")
+        except self.wandb.Error as error:
+            raise Refusal(f"--track: {error}; WANDB_MODE=offline needs no login") from error
 
     def lock_directory(self) -> None:
         """Keep other processes out for as long as this one lives."""
@@ -663,9 +677,11 @@ class Run:
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Record what happened since the last line: bar, metrics.jsonl, wandb and, when it is due, a checkpoint."""
+        if not np.isfinite(self.episode_returns).all():
+            self.fail(f"a return before step {step} is not finite")
         if not np.isfinite(list(metrics.values())).all():
             self.fail(f"training diverged before step {step}")
-        self.wall_time = time.time() - self.start
+        self.wall_time = time.perf_counter() - self.start
         episodes = self.episode_returns
         line = dict(
             global_step=step,
@@ -698,10 +714,13 @@ class Run:
         status = f"return {np.mean(self.last_returns):.2f}" if self.last_returns else "no episode has ended"
         self.bar.set_postfix_str(status, refresh=False)
         self.bar.update(step - self.bar.n)
-        if self.bar.disable and time.time() > self.next_line:
-            self.next_line = time.time() + 10
+        if self.bar.disable and time.perf_counter() > self.next_line:
+            self.next_line = time.perf_counter() + 10
             speed = step / self.wall_time
-            print(f"{step} of {self.args.total_timesteps} steps, {speed:.0f} steps/s, {status}", flush=True)
+            try:
+                print(f"{step} of {self.args.total_timesteps} steps, {speed:.0f} steps/s, {status}", flush=True)
+            except OSError:
+                return  # what reads the output has ended; the run need not
 
     def fail(self, reason: str) -> None:
         """Stop the run for a reason."""
@@ -741,7 +760,8 @@ class Run:
             raise Refusal(f"{path} is damaged; start the run anew in another --run-dir") from error
 
         now = asdict(self.args) | dict(algo=self.algo)
-        for name in ("algo", "env_id", "env_kwargs", "seed", "run_dir", "optimizer", "v_min", "v_max"):
+        fixed = ("algo", "env_id", "env_kwargs", "seed", "run_dir", "optimizer", "v_min", "v_max")
+        for name in (*fixed, "priority_exponent", "clip_reward"):  # a buffer may hold what was made with the last two
             if now.get(name) != before.get(name):
                 raise Refusal(f"{self.dir} holds a run with {name} {before.get(name)!r}, which cannot change")
         if now["total_timesteps"] < self.step:
@@ -749,6 +769,7 @@ class Run:
         planned = before.get("total_timesteps")
         if now["total_timesteps"] != planned:
             print(f"planned for {planned} steps, now for {now['total_timesteps']}: schedules, if any, are stretched")
+            (self.dir / "result.json").unlink(missing_ok=True)  # of the shorter run
         try:
             for name, part in self.parts.items():
                 state = states[name]
@@ -851,8 +872,8 @@ def check_video(args: Args) -> None:
     obs, _ = envs.reset()
     try:
         frame(envs, obs)
-    except (gym.error.Error, ImportError) as error:
-        raise Refusal(f"{args.env_id} cannot be filmed: {error}") from error
+    except Exception as error:  # what is raised depends on what is missing: a screen, a library, a picture
+        raise Refusal(f"{args.env_id} cannot be filmed: {error!r}") from error
     envs.close()
 
 
@@ -878,6 +899,7 @@ def find_family(env_id: str, env_kwargs: str) -> str:
 
 def parse_args(argv: list[str] | None = None) -> Args:
     """Flags over the defaults of the environment's family or, with --resume, over the arguments of that run."""
+    # The defaults depend on these three, so they are read first. A value that is missing is left for tyro to tell.
     first_look = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first_look.add_argument("--env-id", "--env_id", nargs="?", const=Args.env_id, default=Args.env_id)
     first_look.add_argument("--env-kwargs", "--env_kwargs", nargs="?", const="", default="")
@@ -889,7 +911,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
     else:
         family = find_family(given.env_id, given.env_kwargs)
         defaults = dict(env_id=given.env_id) | FAMILIES.get(family, {})
-        source = f"the defaults for {family or 'environments of no family'}"
+        source = f"the defaults for {family or Args.env_id + ' and all of no family'}"
     args = tyro.cli(Args, args=argv, default=Args(**defaults), description=f"{__doc__}\nShown are {source}.")
     print(f"{args.env_id} with {source}", flush=True)
     if args.capture_video:
@@ -920,9 +942,10 @@ def read_config(folder: Path) -> dict:
 
 
 def prepare_forks() -> None:
-    """Let SIGTERM end what an environment forks, for closing it may wait for that; Ctrl-C is for this process alone.
+    """Reset the signals in processes that an environment forks, which would else take them for ours.
 
-    So a SIGTERM to all processes ends such environments, too, and with them the run, at its last checkpoint.
+    SIGTERM ends such a process, since to close an environment may mean to send it one and to wait. Ctrl-C is ignored:
+    this process handles it. A SIGTERM to all processes thus ends the run, too, at its last checkpoint.
     """
     masks = []
 
@@ -953,6 +976,7 @@ def main() -> None:
         except OSError:
             return  # what reads the output, such as tee, has been stopped, too
 
+    sys.stdout.reconfigure(errors="replace")  # a terminal may lack characters of a text or a path
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
     prepare_forks()

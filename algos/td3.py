@@ -1,5 +1,5 @@
 # /// script
-# requires-python = ">=3.10"
+# requires-python = ">=3.10,<3.14"
 # dependencies = ["torch==2.13.0", "numpy==2.2.6", "gymnasium[box2d,classic-control,mujoco]==1.4.0", "mujoco==3.15.0",
 #   "ale-py==0.12.1", "MinAtar==1.0.15", "tyro==1.0.17", "tqdm==4.70.1", "filelock==3.20.0", "moviepy==2.2.1",
 #   "wandb==0.31.0"]
@@ -7,7 +7,7 @@
 """TD3: DDPG with twin critics, smoothed targets and a delayed policy.
 
 Fujimoto et al. 2018, arXiv:1802.09477. Child of ddpg.py: the smaller of two critics at a noisy action, and a policy
-that waits for them. So errors of the critics are not taken for value.
+that learns less often than they do. This keeps it from exploiting their errors.
 
     y = r + gamma min_j Q'_j(s', mu'(s') + eps)    with  eps ~ clip(N(0, sigma), -c, c)
     Q_1, Q_2 minimise  E[(y - Q_i(s, a))^2];    every policy_frequency such steps, mu moves up  E[Q_1(s, mu(s))]
@@ -141,7 +141,7 @@ class Agent(nn.Module):
 
 
 def td_target(rewards: Tensor, terminated: Tensor, next_values: Tensor, gamma: float | Tensor) -> Tensor:
-    """y from rewards, terminated and next_values, (B,) each or broadcast; truncation does not stop the bootstrap."""
+    """y (B,): r + gamma V(s') or, where s' is terminal, r. A truncation is no end. Inputs (B,) each or broadcast."""
     return rewards + gamma * ~terminated * next_values
 
 
@@ -179,7 +179,7 @@ def polyak_update(target: nn.Module, network: nn.Module, tau: float) -> None:
 def train(args: Args) -> dict:
     """Train, evaluate, and return what result.json holds; raises Refusal with one sentence on bad input."""
     torch.manual_seed(args.seed)
-    torch.set_num_threads(args.torch_threads or os.cpu_count())
+    torch.set_num_threads(args.torch_threads or torch.get_num_threads())
     envs = make_envs(args.env_id, args.num_envs, args.env_kwargs)
     obs_space = envs.single_observation_space
     action_space = envs.single_action_space
@@ -586,7 +586,7 @@ def make_envs(env_id: str, num_envs: int, env_kwargs: str = "", render: bool = F
             if env_id not in gym.registry:
                 importlib.import_module("minatar.gym").register_envs()
         envs = gym.make_vec(env_id, num_envs, **options | kwargs)
-    except (gym.error.Error, ModuleNotFoundError) as error:
+    except (gym.error.Error, ImportError) as error:
         raise Refusal(f"{env_id} cannot be made: {error}") from error
     except TypeError as error:
         if (kwargs or render) and "argument" in str(error):
@@ -622,11 +622,13 @@ def action_map(space: Space) -> Callable[[np.ndarray], np.ndarray]:
     """From the policy's actions (N, ...) to the environment's: [-1, 1] becomes [low, high]; the rest is clipped."""
     if isinstance(space, Discrete):
         return lambda actions: actions + space.start
-    bounded = space.bounded_below & space.bounded_above
+    bounded = np.isfinite(space.high - space.low)
     low = np.where(bounded, space.low, -1)
     high = np.where(bounded, space.high, 1)
 
     def to_env(actions: np.ndarray) -> np.ndarray:
+        if not np.isfinite(actions).all():
+            raise Refusal(f"training diverged: an action is not finite; {Run.saved}")
         actions = actions.reshape(-1, *space.shape)
         scaled = low + (actions + 1) * ((high - low) / 2)
         clipped = np.minimum(np.maximum(scaled, space.low), space.high)  # faster than clip
@@ -679,8 +681,8 @@ class Run:
         self.bar = tqdm(
             total=args.total_timesteps, initial=self.step, unit=" steps", disable=not os.isatty(2), dynamic_ncols=True
         )
-        self.start = time.time() - self.wall_time
-        self.next_line = time.time() + 10  # for the lines in place of the bar where there is no terminal
+        self.start = time.perf_counter() - self.wall_time  # unlike the time of day, it never goes back
+        self.next_line = time.perf_counter() + 10  # for the lines in place of the bar where there is no terminal
 
     def import_optional(self) -> None:
         """Import what only some runs need, so that a missing package is missed before training."""
@@ -690,8 +692,16 @@ class Run:
                 self.wandb = importlib.import_module("wandb")
         except ModuleNotFoundError as error:
             raise Refusal(f"a package is missing: {error}") from error
-        if self.wandb and self.wandb.setup().settings.mode == "online" and not self.wandb.login(prompt=False):
-            raise Refusal("--track needs `wandb login` first, or WANDB_MODE=offline")
+        if self.wandb:
+            self.log_in()
+
+    def log_in(self) -> None:
+        """See that wandb will take what is logged; raises Refusal."""
+        try:
+            if self.wandb.setup().settings.mode == "online" and not self.wandb.login(prompt=False):
+                raise Refusal("--track needs `wandb login` first, or WANDB_MODE=offline")
+        except self.wandb.Error as error:
+            raise Refusal(f"--track: {error}; WANDB_MODE=offline needs no login") from error
 
     def lock_directory(self) -> None:
         """Keep other processes out for as long as this one lives."""
@@ -706,9 +716,11 @@ class Run:
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Record what happened since the last line: bar, metrics.jsonl, wandb and, when it is due, a checkpoint."""
+        if not np.isfinite(self.episode_returns).all():
+            self.fail(f"a return before step {step} is not finite")
         if not np.isfinite(list(metrics.values())).all():
             self.fail(f"training diverged before step {step}")
-        self.wall_time = time.time() - self.start
+        self.wall_time = time.perf_counter() - self.start
         episodes = self.episode_returns
         line = dict(
             global_step=step,
@@ -741,10 +753,13 @@ class Run:
         status = f"return {np.mean(self.last_returns):.2f}" if self.last_returns else "no episode has ended"
         self.bar.set_postfix_str(status, refresh=False)
         self.bar.update(step - self.bar.n)
-        if self.bar.disable and time.time() > self.next_line:
-            self.next_line = time.time() + 10
+        if self.bar.disable and time.perf_counter() > self.next_line:
+            self.next_line = time.perf_counter() + 10
             speed = step / self.wall_time
-            print(f"{step} of {self.args.total_timesteps} steps, {speed:.0f} steps/s, {status}", flush=True)
+            try:
+                print(f"{step} of {self.args.total_timesteps} steps, {speed:.0f} steps/s, {status}", flush=True)
+            except OSError:
+                return  # what reads the output has ended; the run need not
 
     def fail(self, reason: str) -> None:
         """Stop the run for a reason."""
@@ -784,7 +799,8 @@ class Run:
             raise Refusal(f"{path} is damaged; start the run anew in another --run-dir") from error
 
         now = asdict(self.args) | dict(algo=self.algo)
-        for name in ("algo", "env_id", "env_kwargs", "seed", "run_dir", "optimizer", "v_min", "v_max"):
+        fixed = ("algo", "env_id", "env_kwargs", "seed", "run_dir", "optimizer", "v_min", "v_max")
+        for name in (*fixed, "priority_exponent", "clip_reward"):  # a buffer may hold what was made with the last two
             if now.get(name) != before.get(name):
                 raise Refusal(f"{self.dir} holds a run with {name} {before.get(name)!r}, which cannot change")
         if now["total_timesteps"] < self.step:
@@ -792,6 +808,7 @@ class Run:
         planned = before.get("total_timesteps")
         if now["total_timesteps"] != planned:
             print(f"planned for {planned} steps, now for {now['total_timesteps']}: schedules, if any, are stretched")
+            (self.dir / "result.json").unlink(missing_ok=True)  # of the shorter run
         try:
             for name, part in self.parts.items():
                 state = states[name]
@@ -894,8 +911,8 @@ def check_video(args: Args) -> None:
     obs, _ = envs.reset()
     try:
         frame(envs, obs)
-    except (gym.error.Error, ImportError) as error:
-        raise Refusal(f"{args.env_id} cannot be filmed: {error}") from error
+    except Exception as error:  # what is raised depends on what is missing: a screen, a library, a picture
+        raise Refusal(f"{args.env_id} cannot be filmed: {error!r}") from error
     envs.close()
 
 
@@ -921,6 +938,7 @@ def find_family(env_id: str, env_kwargs: str) -> str:
 
 def parse_args(argv: list[str] | None = None) -> Args:
     """Flags over the defaults of the environment's family or, with --resume, over the arguments of that run."""
+    # The defaults depend on these three, so they are read first. A value that is missing is left for tyro to tell.
     first_look = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first_look.add_argument("--env-id", "--env_id", nargs="?", const=Args.env_id, default=Args.env_id)
     first_look.add_argument("--env-kwargs", "--env_kwargs", nargs="?", const="", default="")
@@ -932,7 +950,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
     else:
         family = find_family(given.env_id, given.env_kwargs)
         defaults = dict(env_id=given.env_id) | FAMILIES.get(family, {})
-        source = f"the defaults for {family or 'environments of no family'}"
+        source = f"the defaults for {family or Args.env_id + ' and all of no family'}"
     args = tyro.cli(Args, args=argv, default=Args(**defaults), description=f"{__doc__}\nShown are {source}.")
     print(f"{args.env_id} with {source}", flush=True)
     if args.capture_video:
@@ -963,9 +981,10 @@ def read_config(folder: Path) -> dict:
 
 
 def prepare_forks() -> None:
-    """Let SIGTERM end what an environment forks, for closing it may wait for that; Ctrl-C is for this process alone.
+    """Reset the signals in processes that an environment forks, which would else take them for ours.
 
-    So a SIGTERM to all processes ends such environments, too, and with them the run, at its last checkpoint.
+    SIGTERM ends such a process, since to close an environment may mean to send it one and to wait. Ctrl-C is ignored:
+    this process handles it. A SIGTERM to all processes thus ends the run, too, at its last checkpoint.
     """
     masks = []
 
@@ -996,6 +1015,7 @@ def main() -> None:
         except OSError:
             return  # what reads the output, such as tee, has been stopped, too
 
+    sys.stdout.reconfigure(errors="replace")  # a terminal may lack characters of a text or a path
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
     prepare_forks()

@@ -1,5 +1,5 @@
 # /// script
-# requires-python = ">=3.10"
+# requires-python = ">=3.10,<3.14"
 # dependencies = ["torch==2.13.0", "numpy==2.2.6", "gymnasium[box2d,classic-control,mujoco]==1.4.0", "mujoco==3.15.0",
 #   "ale-py==0.12.1", "MinAtar==1.0.15", "tyro==1.0.17", "tqdm==4.70.1", "filelock==3.20.0", "moviepy==2.2.1",
 #   "wandb==0.31.0"]
@@ -18,8 +18,8 @@ with --method mc (Monte Carlo) the rewards go on to the end of the episode. No g
     python algos/td_prediction.py --env-id CartPole-v1 --policy RUN_DIR  # V of what another script has learned
 
 A Monte-Carlo target is right on average, but varies with all that happens until the end. A TD target varies less, but
-it is as wrong as V(s_n) is. On the random walk, with V learned, value_loss is the variance: 0.83 with mc, 0.01 with td.
-Where a time limit or --horizon cuts an episode, V stands for the rest of the return, with both methods.
+it is as wrong as V(s_n) is. Once V is right, value_loss is the variance of the targets: on the random walk 0.83 with mc
+and 0.01 with td. Where a time limit or --horizon cuts an episode, V stands for the rest of the return in both methods.
 
 Not in the book: learning waits for the end of an episode, even with TD; a gradient step takes batch_size states; Adam,
 and a step size that falls to 0. The score is minus the error: |V - v| in each state of the random walk, whose values v
@@ -150,7 +150,7 @@ def n_step_rows(
 
 
 def td_target(rewards: Tensor, terminated: Tensor, next_values: Tensor, gamma: float | Tensor) -> Tensor:
-    """y from rewards, terminated and next_values, (B,) each or broadcast; truncation does not stop the bootstrap."""
+    """y (B,): r + gamma V(s') or, where s' is terminal, r. A truncation is no end. Inputs (B,) each or broadcast."""
     return rewards + gamma * ~terminated * next_values
 
 
@@ -168,7 +168,7 @@ def value_loss(agent: Agent, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str
 def train(args: Args) -> dict:
     """Train, evaluate, and return what result.json holds; raises Refusal with one sentence on bad input."""
     torch.manual_seed(args.seed)
-    torch.set_num_threads(args.torch_threads or os.cpu_count())
+    torch.set_num_threads(args.torch_threads or torch.get_num_threads())
     envs = make_envs(args.env_id, args.num_envs, args.env_kwargs)
     obs_space = envs.single_observation_space
     action_space = envs.single_action_space
@@ -176,7 +176,7 @@ def train(args: Args) -> dict:
     device = pick_device(args.device, obs_space)
 
     N = args.num_envs
-    n = args.n_steps if args.method == "td" else args.horizon
+    n = args.n_steps if args.method == "td" else args.horizon  # no episode is longer
     policy = make_policy(args, obs_space, action_space, device)
     agent = Agent(obs_space, args).to(device)
     optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
@@ -190,6 +190,7 @@ def train(args: Args) -> dict:
     states = [[] for _ in range(N)]  # of the running episodes
     rewards = [[] for _ in range(N)]  # of the running episodes
     rows = []  # of the episodes that have ended or were cut, and not learned from yet
+    num_updates = 0
     history = deque(maxlen=100)  # metrics of the last gradient steps
 
     for step in range(run.step + N, args.total_timesteps + 1, N):
@@ -221,6 +222,7 @@ def train(args: Args) -> dict:
             rows = rows[args.batch_size :]
             gradients, metrics = value_gradients(agent, batch)
             descend(optimizer, gradients)
+            num_updates += 1
             history.append(metrics)
 
         run.bar.update(N)
@@ -228,6 +230,8 @@ def train(args: Args) -> dict:
             run.log(step, mean_metrics(history) | known_rmse(agent, args))
             history.clear()
 
+    if num_updates == 0 and not args.resume:
+        raise Refusal("nothing was learned: too few steps of finished episodes; raise total_timesteps or lower horizon")
     run.save()
     envs.close()
     return run.finish(evaluate_values(agent, policy, args, run.dir))
@@ -482,7 +486,7 @@ def make_envs(env_id: str, num_envs: int, env_kwargs: str = "", render: bool = F
             if env_id not in gym.registry:
                 importlib.import_module("minatar.gym").register_envs()
         envs = gym.make_vec(env_id, num_envs, **options | kwargs)
-    except (gym.error.Error, ModuleNotFoundError) as error:
+    except (gym.error.Error, ImportError) as error:
         raise Refusal(f"{env_id} cannot be made: {error}") from error
     except TypeError as error:
         if (kwargs or render) and "argument" in str(error):
@@ -518,11 +522,13 @@ def action_map(space: Space) -> Callable[[np.ndarray], np.ndarray]:
     """From the policy's actions (N, ...) to the environment's: [-1, 1] becomes [low, high]; the rest is clipped."""
     if isinstance(space, Discrete):
         return lambda actions: actions + space.start
-    bounded = space.bounded_below & space.bounded_above
+    bounded = np.isfinite(space.high - space.low)
     low = np.where(bounded, space.low, -1)
     high = np.where(bounded, space.high, 1)
 
     def to_env(actions: np.ndarray) -> np.ndarray:
+        if not np.isfinite(actions).all():
+            raise Refusal(f"training diverged: an action is not finite; {Run.saved}")
         actions = actions.reshape(-1, *space.shape)
         scaled = low + (actions + 1) * ((high - low) / 2)
         clipped = np.minimum(np.maximum(scaled, space.low), space.high)  # faster than clip
@@ -614,8 +620,8 @@ class Run:
         self.bar = tqdm(
             total=args.total_timesteps, initial=self.step, unit=" steps", disable=not os.isatty(2), dynamic_ncols=True
         )
-        self.start = time.time() - self.wall_time
-        self.next_line = time.time() + 10  # for the lines in place of the bar where there is no terminal
+        self.start = time.perf_counter() - self.wall_time  # unlike the time of day, it never goes back
+        self.next_line = time.perf_counter() + 10  # for the lines in place of the bar where there is no terminal
 
     def import_optional(self) -> None:
         """Import what only some runs need, so that a missing package is missed before training."""
@@ -625,8 +631,16 @@ class Run:
                 self.wandb = importlib.import_module("wandb")
         except ModuleNotFoundError as error:
             raise Refusal(f"a package is missing: {error}") from error
-        if self.wandb and self.wandb.setup().settings.mode == "online" and not self.wandb.login(prompt=False):
-            raise Refusal("--track needs `wandb login` first, or WANDB_MODE=offline")
+        if self.wandb:
+            self.log_in()
+
+    def log_in(self) -> None:
+        """See that wandb will take what is logged; raises Refusal."""
+        try:
+            if self.wandb.setup().settings.mode == "online" and not self.wandb.login(prompt=False):
+                raise Refusal("--track needs `wandb login` first, or WANDB_MODE=offline")
+        except self.wandb.Error as error:
+            raise Refusal(f"--track: {error}; WANDB_MODE=offline needs no login") from error
 
     def lock_directory(self) -> None:
         """Keep other processes out for as long as this one lives."""
@@ -641,9 +655,11 @@ class Run:
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Record what happened since the last line: bar, metrics.jsonl, wandb and, when it is due, a checkpoint."""
+        if not np.isfinite(self.episode_returns).all():
+            self.fail(f"a return before step {step} is not finite")
         if not np.isfinite(list(metrics.values())).all():
             self.fail(f"training diverged before step {step}")
-        self.wall_time = time.time() - self.start
+        self.wall_time = time.perf_counter() - self.start
         episodes = self.episode_returns
         line = dict(
             global_step=step,
@@ -676,10 +692,13 @@ class Run:
         status = f"return {np.mean(self.last_returns):.2f}" if self.last_returns else "no episode has ended"
         self.bar.set_postfix_str(status, refresh=False)
         self.bar.update(step - self.bar.n)
-        if self.bar.disable and time.time() > self.next_line:
-            self.next_line = time.time() + 10
+        if self.bar.disable and time.perf_counter() > self.next_line:
+            self.next_line = time.perf_counter() + 10
             speed = step / self.wall_time
-            print(f"{step} of {self.args.total_timesteps} steps, {speed:.0f} steps/s, {status}", flush=True)
+            try:
+                print(f"{step} of {self.args.total_timesteps} steps, {speed:.0f} steps/s, {status}", flush=True)
+            except OSError:
+                return  # what reads the output has ended; the run need not
 
     def fail(self, reason: str) -> None:
         """Stop the run for a reason."""
@@ -719,7 +738,8 @@ class Run:
             raise Refusal(f"{path} is damaged; start the run anew in another --run-dir") from error
 
         now = asdict(self.args) | dict(algo=self.algo)
-        for name in ("algo", "env_id", "env_kwargs", "seed", "run_dir", "optimizer", "v_min", "v_max"):
+        fixed = ("algo", "env_id", "env_kwargs", "seed", "run_dir", "optimizer", "v_min", "v_max")
+        for name in (*fixed, "priority_exponent", "clip_reward"):  # a buffer may hold what was made with the last two
             if now.get(name) != before.get(name):
                 raise Refusal(f"{self.dir} holds a run with {name} {before.get(name)!r}, which cannot change")
         if now["total_timesteps"] < self.step:
@@ -727,6 +747,7 @@ class Run:
         planned = before.get("total_timesteps")
         if now["total_timesteps"] != planned:
             print(f"planned for {planned} steps, now for {now['total_timesteps']}: schedules, if any, are stretched")
+            (self.dir / "result.json").unlink(missing_ok=True)  # of the shorter run
         try:
             for name, part in self.parts.items():
                 state = states[name]
@@ -800,8 +821,8 @@ def check_video(args: Args) -> None:
     obs, _ = envs.reset()
     try:
         frame(envs, obs)
-    except (gym.error.Error, ImportError) as error:
-        raise Refusal(f"{args.env_id} cannot be filmed: {error}") from error
+    except Exception as error:  # what is raised depends on what is missing: a screen, a library, a picture
+        raise Refusal(f"{args.env_id} cannot be filmed: {error!r}") from error
     envs.close()
 
 
@@ -827,6 +848,7 @@ def find_family(env_id: str, env_kwargs: str) -> str:
 
 def parse_args(argv: list[str] | None = None) -> Args:
     """Flags over the defaults of the environment's family or, with --resume, over the arguments of that run."""
+    # The defaults depend on these three, so they are read first. A value that is missing is left for tyro to tell.
     first_look = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first_look.add_argument("--env-id", "--env_id", nargs="?", const=Args.env_id, default=Args.env_id)
     first_look.add_argument("--env-kwargs", "--env_kwargs", nargs="?", const="", default="")
@@ -838,7 +860,7 @@ def parse_args(argv: list[str] | None = None) -> Args:
     else:
         family = find_family(given.env_id, given.env_kwargs)
         defaults = dict(env_id=given.env_id) | FAMILIES.get(family, {})
-        source = f"the defaults for {family or 'environments of no family'}"
+        source = f"the defaults for {family or Args.env_id + ' and all of no family'}"
     args = tyro.cli(Args, args=argv, default=Args(**defaults), description=f"{__doc__}\nShown are {source}.")
     print(f"{args.env_id} with {source}", flush=True)
     if args.capture_video:
@@ -869,9 +891,10 @@ def read_config(folder: Path) -> dict:
 
 
 def prepare_forks() -> None:
-    """Let SIGTERM end what an environment forks, for closing it may wait for that; Ctrl-C is for this process alone.
+    """Reset the signals in processes that an environment forks, which would else take them for ours.
 
-    So a SIGTERM to all processes ends such environments, too, and with them the run, at its last checkpoint.
+    SIGTERM ends such a process, since to close an environment may mean to send it one and to wait. Ctrl-C is ignored:
+    this process handles it. A SIGTERM to all processes thus ends the run, too, at its last checkpoint.
     """
     masks = []
 
@@ -902,6 +925,7 @@ def main() -> None:
         except OSError:
             return  # what reads the output, such as tee, has been stopped, too
 
+    sys.stdout.reconfigure(errors="replace")  # a terminal may lack characters of a text or a path
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
     prepare_forks()

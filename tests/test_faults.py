@@ -58,6 +58,21 @@ def test_every_script_has_the_back_that_is_tested_here():
 # Errors of the user's
 
 
+@each_back
+def test_an_environment_that_lacks_a_library(module):
+    """A traceback for what is no bug: HalfCheetah-v3 tells by an ImportError where it has gone."""
+
+    def make(**_):
+        raise ImportError("it has moved")
+
+    gym.register("test/Moved-v0", make)
+    try:
+        with pytest.raises(module.Refusal, match="test/Moved-v0 cannot be made: it has moved"):
+            module.make_envs("test/Moved-v0", 1)
+    finally:
+        gym.registry.pop("test/Moved-v0")
+
+
 class Broken(gym.Env):
     """An environment with a bug: it raises an error in one of its functions."""
 
@@ -330,6 +345,15 @@ def test_a_deleted_log_is_not_padded(module, tmp_path):
 
 
 # Numbers that are not finite
+
+
+@each_back
+def test_returns_that_are_not_finite_are_told_apart(module, tmp_path, monkeypatch):
+    """A fault of the environment that is taken for one of the training, after a line of the log that is no JSON."""
+    spy(monkeypatch, module.Run, "log", before=lambda run, step, _: step > 100 and run.episode_returns.append(np.nan))
+    with pytest.raises(module.Refusal, match=r"^a return before step \d+ is not finite; "):
+        module.train(arguments(module, tmp_path / "run", checkpoint_every=32))
+    assert all(np.isfinite(row["episodic_return"] or 0) for row in metrics(tmp_path / "run"))
 
 
 @each_back
@@ -710,7 +734,7 @@ def test_a_run_without_a_config(module, tmp_path):
         ),
         (
             test_an_error_in_an_environment_is_no_refusal, dict(where="init", error=RuntimeError("mine")),
-            "td3", "except (gym.error.Error, ModuleNotFoundError)", "except (gym.error.Error, RuntimeError)",
+            "td3", "except (gym.error.Error, ImportError)", "except (gym.error.Error, RuntimeError)",
         ),
         (test_a_full_disk, dict(file="config", room=100), "td3", "aside.unlink(missing_ok=True)", "pass"),
         (test_a_full_disk, dict(file="result", room=100), "ppo_clip", 'path.with_suffix(".tmp")', "path"),
@@ -720,6 +744,14 @@ def test_a_run_without_a_config(module, tmp_path):
             "td3", "            os.fsync(file.fileno())\n", "",
         ),
         (test_a_deleted_log_is_not_padded, {}, "td3", "min(self.log_size, self.file.tell())", "self.log_size"),
+        (
+            test_returns_that_are_not_finite_are_told_apart, {},
+            "td3", "if not np.isfinite(self.episode_returns).all():", "if False:",
+        ),
+        (
+            test_an_environment_that_lacks_a_library, {},
+            "ppo_clip", "except (gym.error.Error, ImportError)", "except gym.error.Error",
+        ),
         (test_weights_that_are_not_finite_are_not_saved, {}, "td3", "(part, nn.Module) else", "(part, nn.Linear) else"),
         (test_a_directory_is_for_one_process, dict(resumed=False), "td3", "self.lock.acquire(timeout=0)", "pass"),
         (test_a_run_that_has_ended_lets_others_in, {}, "ppo_clip", "self.lock.release()", "Run.held = self.lock"),

@@ -115,7 +115,7 @@ def test_the_bits_are_those_of_one_process(tmp_path, monkeypatch):
     done = ray_process(line(impala, run_dir="there", **first), tmp_path).wait()
     assert (done.rc, done.err) == (0, "")
     assert re.fullmatch(
-        r"CartPole-v1 with the defaults for environments of no family\nthere: step 0 of 1024\n"
+        r"CartPole-v1 with the defaults for CartPole-v1 and all of no family\nthere: step 0 of 1024\n"
         r"the learner and 1 sampler have started in \d+\.\d s\nthere: evaluation \d+\.\d\d \+- \d+\.\d\d\n",
         done.out,
     )

@@ -704,6 +704,29 @@ def test_prompts_that_are_no_texts(module, name, content, words, tmp_path):
 
 
 @each_language
+def test_lines_end_where_json_says(module, tmp_path):
+    """Separators of lines and paragraphs may stand inside a text; a line of JSON ends at the newline alone."""
+    text = "one\u2028two\u0085three"
+    (tmp_path / "own.jsonl").write_text(json.dumps(dict(prompt=text), ensure_ascii=False) + "\n\n", encoding="utf-8")
+    assert module.read_rows(str(tmp_path / "own.jsonl")) == [dict(prompt=text)]
+
+
+@each_review
+def test_pairs_that_are_cut(module, tmp_path, capsys):
+    """Texts that lose their ends without a word, or pairs that differ only there, from which nothing is learned."""
+    args = tiny(module, tmp_path, max_prompt_tokens=2)
+    tokenizer, *_ = module.make_language_model(module.Reviews(args), args)
+    pair = dict(prompt="the food was", chosen="clean .", rejected="the room was small but clean .")
+    columns = module.encode_pairs([pair, pair | dict(prompt="the food")], tokenizer, args)
+    assert columns["chosen"].shape == columns["rejected"].shape == (2, 2 + T)
+    told = f"2 of 4 responses are cut, longer than --max-new-tokens {T}\n"
+    assert capsys.readouterr().out == f"{told}1 of 2 prompts are cut, longer than --max-prompt-tokens 2\n"
+    alike = dict(prompt="the food", chosen="the room was clean and .", rejected="the room was clean and small .")
+    with pytest.raises(module.Refusal, match=f"no pair of .*differs within max_new_tokens = {T}"):
+        module.encode_pairs([alike], tokenizer, args)
+
+
+@each_language
 def test_prompts_and_pairs_of_ones_own(module, tmp_path, monkeypatch):
     """Ragged prompts from a text file, pairs from JSON lines, words that the task does not know; all are used."""
     prompts = tmp_path / "prompts.txt"

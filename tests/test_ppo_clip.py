@@ -226,6 +226,12 @@ def check_action_map(low, high, module=ppo_clip):
 def test_actions_are_scaled_by_element(module):
     """Scalar bounds, symmetric bounds, a bias added twice, and infinite bounds that turn actions into nan."""
     check_action_map(np.float32([-1, -3, -np.inf, 0]), np.float32([2, 0.5, np.inf, np.inf]), module)
+    with np.errstate(over="ignore"):
+        widest = module.action_map(Box(-np.finfo(np.float32).max, np.finfo(np.float32).max, (2,)))
+    assert widest(np.float32([[-0.5, 1]])).tolist() == [[-0.5, 1]], "so far apart, bounds are as good as none"
+    for action in (np.nan, np.inf):
+        with pytest.raises(module.Refusal, match="training diverged: an action is not finite; "):
+            widest(np.float32([[0, action]]))
     assert module.action_map(Discrete(3, start=-1))(np.array([0, 2])).tolist() == [-1, 1]
 
 

@@ -472,7 +472,8 @@ def test_beta_in_a_run(module, tmp_path):
     module.train(tiny(module, tmp_path / "fixed", kl_coef=0.3))
     assert {round(row["kl_coef"], 6) for row in lines(tmp_path / "fixed")} == {0.3}
     for row in lines(tmp_path / "fixed"):
-        assert row["objective"] == pytest.approx(row["proxy_reward"] - 0.3 * row["kl"], abs=1e-5)
+        score = row["proxy_reward"] - (1 - row["eos_fraction"])  # the penalty is 1
+        assert row["objective"] == pytest.approx(score - 0.3 * row["kl"], abs=1e-5)
     for given in (
         dict(target_kl=-1.0),
         dict(kl_horizon=0),

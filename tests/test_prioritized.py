@@ -259,22 +259,22 @@ def test_priorities_against_brute_force(module, num_envs, num_rows):
         check_priorities(buffer, priorities, {o: p for step in steps[-num_rows:] for o, p in step.items()})
 
 
-NEWEST = "priorities[0] = self.largest.item() * buffer.valid[newest]"
-POWER = "priorities = p**self.alpha"
+NEWEST = "powers[0] = self.largest.item() * buffer.valid[newest]"
+POWER = "powers = p**self.alpha"
 WEIGHTS = "(self.leaves[places] / self.tree.minima[0].min()) ** -beta"
-LARGEST = "self.largest.fill_(max(self.largest.item(), priorities.max()))"
+LARGEST = "self.largest.fill_(max(self.largest.item(), powers.max()))"
 
 
 @bugs(
-    ("prioritized_dqn", NEWEST, "priorities[0] = self.largest.item()"),
-    ("prioritized_dqn", NEWEST, "priorities[0] = 1 * buffer.valid[newest]"),
-    ("prioritized_dqn", NEWEST, "priorities[0] = self.largest.item() ** self.alpha * buffer.valid[newest]"),
+    ("prioritized_dqn", NEWEST, "powers[0] = self.largest.item()"),
+    ("prioritized_dqn", NEWEST, "powers[0] = 1 * buffer.valid[newest]"),
+    ("prioritized_dqn", NEWEST, "powers[0] = self.largest.item() ** self.alpha * buffer.valid[newest]"),
     ("prioritized_dqn", "np.array([[newest], [head]])", "np.array([[newest], [newest - 1]])"),
     ("prioritized_dqn", "rows * buffer.num_envs + np", "rows + buffer.num_rows * np"),
-    ("prioritized_dqn", LARGEST, "self.largest.fill_(priorities.max())"),
+    ("prioritized_dqn", LARGEST, "self.largest.fill_(powers.max())"),
     ("prioritized_dqn", LARGEST, "pass"),
-    ("prioritized_dqn", POWER, "priorities = p**self.alpha**2"),
-    ("prioritized_dqn", POWER, "priorities = p"),
+    ("prioritized_dqn", POWER, "powers = p**self.alpha**2"),
+    ("prioritized_dqn", POWER, "powers = p"),
     ("prioritized_dqn", " + self.eps\n", "\n        p = p.clip(1e-9)\n"),
     ("prioritized_dqn", WEIGHTS, "(self.leaves[places] / self.leaves[places].min()) ** -beta"),
     ("prioritized_dqn", WEIGHTS, "(self.leaves[places] / self.tree.minima[0].min()) ** (-beta * self.alpha)"),

@@ -16,6 +16,7 @@ from test_probes import keep_reset_steps, learn, near, value
 
 from algos import actor_critic, reinforce
 
+DECAYS = "decays = gamma * (~done).to(rewards.dtype)"
 COMBINATIONS = list(itertools.product(["return", "reward-to-go"], ["none", "mean", "value"]))
 each_script = each([reinforce, actor_critic])
 each_reinforce = each([reinforce])
@@ -188,7 +189,7 @@ def test_steps_after_the_end_do_not_count(module):
 
 @bugs(
     ("reinforce", "total = (returns * valid).sum(0)", "total = returns.sum(0)"),
-    ("reinforce", "decays = gamma * ~done", "decays = gamma * torch.ones_like(rewards)"),
+    ("reinforce", DECAYS, "decays = gamma * torch.ones_like(rewards)"),
 )
 def test_steps_after_the_end_are_seen(request, name, old, new):
     fails_with_a_bug(request, test_steps_after_the_end_do_not_count, name, old, new)
@@ -251,8 +252,8 @@ CUT = "gamma * (done & ~terminated) * values[1:]"
     ("reinforce", CUT, CUT.replace("done & ~terminated", "~terminated")),
     ("reinforce", CUT, CUT.replace("values[1:]", "values[:-1]")),
     ("reinforce", CUT, CUT.replace("gamma * ", "")),
-    ("reinforce", "decays = gamma * ~done", "decays = gamma * ~terminated"),
-    ("reinforce", "decays = gamma * ~done", "decays = 1.0 * ~done"),
+    ("reinforce", DECAYS, "decays = gamma * (~terminated).to(rewards.dtype)"),
+    ("reinforce", DECAYS, "decays = (~done).to(rewards.dtype)"),
     ("reinforce", "G = values[-1].numpy(force=True)", "G = np.zeros_like(rewards[0])"),
     ("reinforce", "G = values[-1].numpy(force=True)", "G = values[-2].numpy(force=True)"),
 )
@@ -524,7 +525,7 @@ LAST = "_, last_values = agent(to_tensor(obs, device))"
     ("reinforce", "ended = ended | done", "ended = done"),
     ("reinforce", "score[done & valid]", "score[done]"),
     ("reinforce", "score = score + reward * valid", "score = reward * valid"),
-    ("reinforce", "decays = gamma * ~done", "decays = gamma * ~terminated"),
+    ("reinforce", DECAYS, "decays = gamma * (~terminated).to(rewards.dtype)"),
     ("reinforce", NORM, NORM.replace("weights / ", "(weights - weights[valid].mean()) / ")),
     ("reinforce", NORM, NORM.replace("[valid]", "")),
     ("reinforce", "run.log(run.step + N * T", 'run.log(run.step + len(batch["obs"])'),
@@ -675,6 +676,13 @@ def test_the_mean_of_the_others_needs_others():
     """A division by the 0 others."""
     with pytest.raises(reinforce.Refusal, match="num_envs"):
         reinforce.Args(baseline="mean", num_envs=1)
+
+
+def test_a_return_needs_something_to_be_measured_by():
+    """One return divided by its own size: weights of 1 or -1, from which nothing is learned."""
+    with pytest.raises(reinforce.Refusal, match="num_envs"):
+        reinforce.Args(weight="return", baseline="none", num_envs=1)
+    reinforce.Args(weight="return", baseline="none", num_envs=2)
 
 
 # Probes

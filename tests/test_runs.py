@@ -214,7 +214,7 @@ def test_what_is_printed_without_a_terminal(alone):
     lines = printed.splitlines()
     assert "\r" not in printed
     assert len(lines) <= 6
-    family = module.find_family(module.Args.env_id, "") or "environments of no family"
+    family = module.find_family(module.Args.env_id, "") or f"{module.Args.env_id} and all of no family"
     assert lines[0] == f"{module.Args.env_id} with the defaults for {family}"
     assert lines[1] == f"runs/{run_dir.name}: step 0 of 1024"
     returns = result(run_dir)["eval_returns"]
@@ -279,7 +279,8 @@ class Clock:
             return made
 
         monkeypatch.setattr(module, "make_envs", watched)
-        monkeypatch.setattr(module, "time", types.SimpleNamespace(time=lambda: self.now, time_ns=lambda: 17))
+        clock = types.SimpleNamespace(perf_counter=lambda: self.now, time=lambda: 17, time_ns=lambda: 17)
+        monkeypatch.setattr(module, "time", clock)
 
     def tick(self, *_):
         self.now += 1
@@ -307,6 +308,24 @@ def test_a_plain_line_every_ten_seconds(module, tmp_path, monkeypatch, capsys):
     printed = capsys.readouterr().out
     lines = re.findall(r"^(\d+) of 320 steps, (\d+) steps/s, (?:return [-.\d]+|no episode has ended)$", printed, re.M)
     assert lines == [(str(step), "2") for step in range(24, 320, 24)]
+
+
+@each_back
+def test_a_run_goes_on_though_nobody_reads(module, tmp_path, monkeypatch):
+    """`| head` or a terminal that is closed: what cannot be printed must not cost what was learned."""
+    unread = []
+
+    def broken(text, **options):
+        if "steps/s" in text:
+            unread.append(text)
+            raise BrokenPipeError
+        print(text, **options)
+
+    Clock(module, monkeypatch)
+    monkeypatch.setattr(module, "print", broken, raising=False)
+    module.train(arguments(module, tmp_path / "run", total_timesteps=320, log_every=8, num_steps=4))
+    assert len(unread) > 5
+    assert result(tmp_path / "run")["trained_steps"] == 320
 
 
 @each_off_policy
@@ -505,12 +524,12 @@ def test_all_parts_are_saved(module, prepare):
 
 @each_module
 def test_threads(module, prepare, monkeypatch):
-    """--torch-threads without effect, or 0 that is not one per core."""
+    """--torch-threads without effect, or 0 that is not what PyTorch finds, one per core that the process may use."""
     asked = []
     monkeypatch.setattr(torch, "set_num_threads", asked.append)
     prepare(module, torch_threads=3)
     prepare(module, torch_threads=0)
-    assert asked == [3, os.cpu_count()]
+    assert asked == [3, torch.get_num_threads()]
 
 
 @each_off_policy
@@ -637,7 +656,12 @@ def test_resuming_with_more_steps_trains_on(copy, finished, capsys):
     """A larger --total-timesteps continues where the run stood, says so, and all files tell of the longer run."""
     module, folder = copy
     before = metrics(folder)
-    again = resume(module, folder, "--total-timesteps", 512)
+    unfinished = []
+    with pytest.MonkeyPatch.context() as patch:
+        spy(patch, module.Run, "log", before=lambda *_: unfinished.append(not (folder / "result.json").exists()))
+        again = resume(module, folder, "--total-timesteps", 512)
+    assert unfinished
+    assert all(unfinished), "what is there is the result of the shorter run"
     assert (again["total_timesteps"], again["trained_steps"]) == (512, 512)
     assert again == result(folder)
     assert config(folder)["total_timesteps"] == checkpoint(folder)["args"]["total_timesteps"] == 512
@@ -1136,6 +1160,25 @@ def test_tracking(module, tmp_path, monkeypatch):
 
 
 @each_back
+def test_tracking_with_a_key_that_is_refused(module, tmp_path, monkeypatch):
+    """A traceback from the depth of wandb where its own sentence tells what is wrong."""
+
+    class Refusing(Wandb):
+        Error = type("Error", (Exception,), {})
+
+        def setup(self):
+            return types.SimpleNamespace(settings=types.SimpleNamespace(mode="online"))
+
+        def login(self, prompt):
+            raise self.Error("the key is too short")
+
+    monkeypatch.setitem(sys.modules, "wandb", Refusing())
+    with pytest.raises(module.Refusal, match="--track: the key is too short; WANDB_MODE=offline"):
+        module.train(arguments(module, tmp_path / "run", track=True))
+    assert not (tmp_path / "run").exists()
+
+
+@each_back
 def test_tracking_offline(module, tmp_path):
     """--track with WANDB_MODE=offline leaves wandb's own files in the run directory, and the losses are in them."""
     pytest.importorskip("wandb")
@@ -1159,9 +1202,15 @@ def test_tracking_offline(module, tmp_path):
         (test_the_default_directory_has_no_colon_in_its_name, "ppo_clip", "'[:/]'", "'[/]'"),
         (test_steps_per_second, "ppo_clip", "SPS=step / self.wall_time", "SPS=2 * step / self.wall_time"),
         (test_steps_per_second, "td3", "sps=self.step / self", "sps=2 * self.step / self"),
-        (test_steps_per_second, "td3", "self.start = time.time() - self.wall_time", "self.start = time.time()"),
+        (test_steps_per_second, "td3", "perf_counter() - self.wall_time", "perf_counter()"),
         (test_steps_per_second, "ppo_clip", "run.log((iteration + 1) * N * T", "run.log((iteration + 1) * T"),
-        (test_a_plain_line_every_ten_seconds, "ppo_clip", "time.time() > self.next_line", "step"),
+        (test_a_plain_line_every_ten_seconds, "ppo_clip", "time.perf_counter() > self.next_line", "step"),
+        (
+            test_a_run_goes_on_though_nobody_reads,
+            "ppo_clip",
+            "            except OSError:\n",
+            "            except EOFError:\n",
+        ),
         (test_the_bar_moves_with_each_step, "td3", "        run.bar.update(N)\n", ""),
         (test_the_bar_moves_with_each_step, "td3", "update(step - self.bar.n)", "update(step)"),
         (test_random_numbers_of_a_resumed_run, "ppo_clip", "env_seed(self.args.seed, self.step)", "self.args.seed"),

@@ -455,6 +455,15 @@ def test_a_horizon_is_no_end(module, monkeypatch, tmp_path, method):
     assert lengths == {5, 3}
 
 
+@each_prediction
+def test_a_run_that_learns_nothing_is_no_result(module, tmp_path):
+    """No episode has ended yet when the budget has: the score would be that of the initial weights."""
+    given = dict(env_id="Pendulum-v1", num_envs=8, total_timesteps=1000, run_dir=str(tmp_path / "run"))
+    with pytest.raises(module.Refusal, match="nothing was learned: "):
+        module.train(module.Args(**given))
+    assert not (tmp_path / "run" / "result.json").exists()
+
+
 @bugs(("td_prediction", "len(rewards[i]) == args.horizon", "len(rewards[i]) > args.horizon"))
 def test_a_horizon_sees(request, name, old, new):
     fails_with_a_bug(request, test_a_horizon_is_no_end, name, old, new, method="td")
