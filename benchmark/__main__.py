@@ -67,10 +67,10 @@ class Run:
         if not cells:
             raise Refusal(f"suite {self.suite} has no run with this algorithm, environment and seeds")
         require_scripts(cells, self.algos)
+        references = report.read_references(self.references)
         address = self.address if self.launcher == "ray" else None
         failed = launch(cells, self.workers, self.out, self.algos, address)
 
-        references = report.read_references(self.references)
         planned = suite_cells(self.suite, steps=self.steps)
         lines = []
         for row in dict.fromkeys(cell.row for cell in cells):
@@ -78,7 +78,7 @@ class Run:
             finished = [result for result in results if result is not None]
             if finished:
                 seeds = [cell.seed for cell in planned if cell.row == row]
-                lines.append(report.summarise(row, finished, len(seeds), references))
+                lines.append(report.summarise(row, finished, seeds, references))
         print(markdown.table(lines))
         problems = [f"failed: {cell.name}" for cell in failed]
         problems += [f"below the bar: {file_name(line['row'])}" for line in lines if line["verdict"] == "FAIL"]
@@ -128,7 +128,7 @@ class Check:
         rows = check.read_rows(cells, kept, report.read_random_returns(self.baselines))
         if not rows:
             needed = f"{check.BASELINE} seeds and the score of a random or untrained policy"
-            raise Refusal(f"{self.baselines} has no baseline for these rows, which is {needed}")
+            raise Refusal(f"{self.baselines} lacks what fresh seeds are compared with: {needed}")
         if self.simulate:
             text, good = check.error_rates(rows, self.simulate)
             print(text)

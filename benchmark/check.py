@@ -32,7 +32,7 @@ RED = 0.05  # level of the second
 SEEDS = (1, 8)  # trained in the stages, at least
 BASELINE = 3  # seeds, without which nothing can be shown
 FIRST_SEED = (1001, 2001)  # of the stages, not among those of the baselines
-NEUTRAL_STEPS = 5000  # of the runs that compare two versions of a script
+NEUTRAL_STEPS = 20_000  # of the runs that compare two versions of a script
 Run = Callable[[list[Cell]], list[Cell]]  # trains cells by the scripts in the folder of the results; those that failed
 HEAD = ["Algorithm", "Environment", "Steps", "Baseline", "Fresh", "Difference", "p", ""]
 
@@ -176,7 +176,8 @@ def changed_since(base: str, cells: list[Cell], run: Run, out: Path, algos: Path
 
     if git("rev-parse", "--verify", f"{base}^{{commit}}") is None:
         raise Refusal(f"{base} is no revision of a repository that holds {algos}")
-    files = re.findall(r"\.\./requirements.*\.txt", git("ls-tree", "--name-only", base, "../").decode())
+    above = git("ls-tree", "--name-only", base, "../") or b""  # none above the repository
+    files = re.findall(r"\.\./requirements.*\.txt", above.decode())
     packages_then = b"\n".join(git("show", f"{base}:{name}") for name in files)
     packages_now = requirements(algos)
     changed = {}

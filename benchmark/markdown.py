@@ -21,11 +21,12 @@ README_HEAD = ["Script", "Environment, steps: score (best published)", "Speed"]
 README_SCORES = 3  # at most so many for each script
 README_CURVES = ("HalfCheetah-v5", 1_000_000)
 README_NOTE = """\
-Score: interquartile mean over seeds, in brackets the best published one, whatever its protocol, of several seeds if
-there is one; most of those are means, which failed seeds pull down further. Speed: steps per second over those of the
-fastest peer that was measured, of stable-baselines3, sb3-contrib and SBX (JAX), on the environment where we gain least,
-for some scripts with a text older than today's. The nearest algorithm stands in where no peer has the same one. Every
-script's scores, with intervals, sources and curves: [benchmark/RESULTS.md](benchmark/RESULTS.md).
+Score: interquartile mean over 3 to 10 seeds (of three, their mean), with a star if it is of an older text of the script
+that drew other random numbers; in brackets the best published one, whatever its protocol, of several seeds if there is
+one. Most of those are means, which a failed seed lowers more. Speed: steps per second over those of the fastest peer
+that was measured, of stable-baselines3, sb3-contrib and SBX (JAX), on the environment where we gain least, with the
+texts of that time. The nearest algorithm stands in where no peer has the same one. Every script's scores, with
+intervals, sources and curves: [benchmark/RESULTS.md](benchmark/RESULTS.md).
 """
 ABOUT = """\
 # Results
@@ -36,20 +37,23 @@ A score is the mean return of the episodes that the trained policy plays in fres
 them on Acrobot, MountainCar and Pendulum and 20 elsewhere; DDPG and TD3 play their target policy, a running average.
 Language models answer 256 prompts, sampled, and td_prediction is scored by its error (see below). Each row is the
 interquartile mean over training runs that differ only in their seed, with its 95% interval in brackets (stratified
-bootstrap, Agarwal et al. 2021); of two or three seeds these are just the lowest and the highest score. Hyperparameters
-were tuned on other seeds, those of n_step_dqn on CartPole, of deep_sarsa on CliffWalking, of dqn on MountainCar, of
-double_dqn and prioritized_dqn on LunarLander, of a2c on Acrobot and MuJoCo, of td3 and sac on Hopper and of ppo_clip
-and qr_dqn on Breakout once more after a failure on these, see below.
+bootstrap, Agarwal et al. 2021); of two or three seeds it is their mean, with the lowest and the highest score.
+Hyperparameters were tuned on other seeds, those of n_step_dqn on CartPole, of deep_sarsa on CliffWalking, of dqn on
+MountainCar, of double_dqn and prioritized_dqn on LunarLander, of a2c on Acrobot and MuJoCo, of td3 and sac on Hopper
+and of ppo_clip and qr_dqn on Breakout once more after a failure on these, see below.
 `python -m benchmark run --suite mujoco` trains the rows of a suite again and prints them as here, and `--algo`, `--env`
 and `--seeds` choose among its runs.
 
 The last columns judge the score and its whole interval. PASS: not below the bar, with all seeds of the suite; short:
-not below it, with fewer; open: the interval holds the bar; few: fewer than five seeds; FAIL: below it. Bars and
-published scores with their sources are in [`references.csv`](references.csv), and a bar that no source explains is
-ours; the score and the curve of every seed are in [`baselines/`](baselines). Steps per second in this table are of runs
-side by side; the comparison of speed at the end had the machine to itself. There, our time includes compilation, which
-takes longest in a first round, and [`speed.json`](baselines/speed.json) has a hash of the texts that ran, which may
-be older than those of today.
+not below it, with fewer; open: the interval holds the bar; few: fewer than five seeds; FAIL: below it; -: no bar. Bars
+and published scores with their sources are in [`references.csv`](references.csv), and a bar that no source explains is
+ours; the score and the curve of every seed are in [`baselines/`](baselines). Behind a published score stands how it was
+taken. Evaluation: mean over seeds at the end of training; training average: mean of the last training episodes;
+maximum: the highest such mean at any time of the training, which flatters; single run: of one tuned run.
+
+Steps per second in this table are of runs side by side; the comparison of speed at the end had the machine to itself.
+There, our time includes compilation, which takes longest in a first round. It is of the texts of that time, of which
+[`speed.json`](baselines/speed.json) has a hash.
 """
 PAPER = """\
 The experiment of the PPO paper (section 6.1) with these scripts: mean return of the last 100 training episodes after 1M
@@ -88,7 +92,6 @@ Runs from before 24 November 2026 are of texts that were rewritten since, with t
 numbers: what is missing, above, names them, and they will be trained anew.
 """
 
-REWRITTEN = "2026-11-24"  # runs from before that day are of texts that were not changed in comments alone since
 MISSING = """\
 Some rows of the suites have not been run yet, not with all of their seeds, or with the older text of a script that was
 rewritten since. `python -m benchmark run` with the suite that each line begins with makes them, and their bars and
@@ -103,7 +106,8 @@ what the textbook's figures show; the values themselves lie between -0.9 and 0.9
 """, ""),
     "imitation": ("Learning from demonstrations", """\
 The demonstrator is the heuristic that comes with the environment, and demonstrator_mean the mean return of the episodes
-that are learned from. A clone is taught by these alone; DAgger sees one, and then has the demonstrator label its own.
+that are learned from. A clone is taught by these alone, 10 unless a flag says otherwise. DAgger is shown one, and then
+has the demonstrator label its own, the first 10 or --num-labelled.
 """, IMITATION),
     "language": ("Language models", """\
 Interquartile means over seeds of numbers in result.json; score and what begins with eval_ are means over responses.
@@ -239,8 +243,8 @@ not count.
 """
     if spoiled:
         text += f"""
-Most published scores are means over seeds. By the mean over ours {counts["by mean"]} are at or above; failed seeds,
-which the interquartile mean leaves out, pull below it: {", ".join(spoiled)}.
+Most published scores are means over seeds. By the mean over ours {counts["by mean"]} are at or above; low seeds, to
+which the interquartile mean gives less weight, pull below it: {", ".join(spoiled)}.
 """
     if len(rows) > 1:
         text += f"\n{aligned(rows)}\n"
@@ -304,7 +308,7 @@ def missing_section(baselines: Path) -> str:
         kept = read_baselines(baselines, suite)
         for row, cells in report.suite_rows(suite).items():
             runs = kept.get(row, [])
-            is_old = any(run.get("date", REWRITTEN) < REWRITTEN for run in runs)
+            is_old = any(map(report.is_old, runs))
             if row in seen or (len(runs) >= len(cells) and not is_old):
                 continue
             seen.add(row)
@@ -381,7 +385,8 @@ def short_score(line: dict) -> str:
     _, env_id, steps = line["row"]
     name = re.sub(r"-v\d+$", "", env_id)
     best = float(line["reference"]["best_published"])
-    return f"{name} {short_steps(steps)}: {short_number(line['iqm'])} ({short_number(best)})"
+    star = "*" if line["old"] else ""
+    return f"{name} {short_steps(steps)}: {short_number(line['iqm'])}{star} ({short_number(best)})"
 
 
 def least_ratios(baselines: Path) -> dict[str, str]:

@@ -1,10 +1,11 @@
-"""Collects finished runs into small JSON files, summarises them and draws their learning curves."""
+"""Collects finished runs into small JSON files and takes statistics over them."""
 
 import csv
 import importlib
 import itertools
 import json
 from collections import defaultdict
+from collections.abc import Iterable
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -21,6 +22,7 @@ PACKAGES = ("torch", "gymnasium", "numpy", "mujoco", "ale-py", "MinAtar", "Box2D
 # What config.json holds beside hyperparameters.
 PLUMBING = {"algo", "seed", "run_dir", "track", "capture_video", "checkpoint_every", "resume", "torch", "gymnasium"}
 PLUMBING |= {"save_buffer"}
+REWRITTEN = "2026-11-24"  # runs from before that day are of texts that were not changed in comments alone since
 FEWEST = 5  # seeds whose interval is judged: that of two or three is from the lowest to the highest score
 COUNTS = {"seed", "total_timesteps", "trained_steps", "eval_cut"}  # what result.json holds beside measurements
 # Nine of the ten colours of Petroff (2021), which colour-blind readers can tell apart; the tenth is faint on white.
@@ -70,9 +72,23 @@ def aligned(cells: list[list[str]]) -> str:
 
 
 def read_references(path: Path) -> dict[Row, dict[str, str]]:
-    """Bars and published scores, from the CSV file."""
+    """Bars and published scores, from the CSV file; raises Refusal if one is no number."""
+    references = {}
     with open(path, newline="") as file:
-        return {(line["algorithm"], line["env_id"], int(line["steps"])): line for line in csv.DictReader(file)}
+        lines = csv.DictReader(file)
+        for line in lines:
+            try:
+                references[line["algorithm"], line["env_id"], int(line["steps"])] = line
+                for name in ("bar", "best_published", "single_run"):
+                    float(line.get(name) or 0)
+            except (KeyError, ValueError) as error:
+                raise Refusal(f"{path}, line {lines.line_num}: {error}") from error
+    return references
+
+
+def is_old(run: dict) -> bool:
+    """Whether a run is of a text that drew other random numbers than that of today."""
+    return run.get("date", REWRITTEN) < REWRITTEN
 
 
 def judge(low: float, high: float, bar: str, whole: bool) -> str:
@@ -86,14 +102,15 @@ def judge(low: float, high: float, bar: str, whole: bool) -> str:
     return "PASS" if whole else "short"  # too few seeds to claim anything
 
 
-def summarise(row: Row, runs: list[dict], planned: int, references: dict[Row, dict[str, str]]) -> dict:
-    """One line of the table from the runs of its seeds."""
+def summarise(row: Row, runs: list[dict], planned: Iterable[int], references: dict[Row, dict[str, str]]) -> dict:
+    """One line of the table from the runs of its seeds; `planned` are those of the suite."""
     reference: dict[str, str] = defaultdict(str, references.get(row, {}))
     iqm, low, high = iqm_interval(np.array([[run["eval_mean"]] for run in runs]))
-    whole = len(runs) >= planned
+    whole = set(planned) <= {run["seed"] for run in runs}
     line = dict(row=row, iqm=iqm, low=low, high=high, n=len(runs), whole=whole, reference=reference)
     line["mean"] = float(np.mean([run["eval_mean"] for run in runs]))
     line["sps"] = np.median([run["sps"] for run in runs])
+    line["old"] = any(map(is_old, runs))
     line["verdict"] = judge(iqm, iqm, reference["bar"], whole)
     line["interval"] = judge(low, high, reference["bar"], whole)
     if reference["bar"] and len(runs) < FEWEST:
@@ -237,7 +254,11 @@ def keep_random_returns(baselines: Path) -> None:
 def results(kept: dict[Row, list[dict]], references: dict[Row, dict[str, str]]) -> dict[Row, dict]:
     """Lines from `summarise` for the rows of several runs: one run has a curve, but is no result."""
     planned = suite_rows(*SUITES)
-    return {row: summarise(row, runs, len(planned[row]), references) for row, runs in kept.items() if len(runs) > 1}
+    return {
+        row: summarise(row, runs, [cell.seed for cell in planned[row]], references)
+        for row, runs in kept.items()
+        if len(runs) > 1
+    }
 
 
 def mujoco_scores(baselines: Path, references: dict[Row, dict[str, str]]) -> dict[str, np.ndarray]:

@@ -68,8 +68,13 @@ def parse_seeds(text: str) -> list[int]:
     """[1, 2, 3, 7] from "1-3,7"."""
     if not re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", text):
         raise Refusal(f"seeds look like 1-3,7 and not like {text!r}")
-    ranges = [part.split("-") for part in text.split(",")]
-    return [seed for ends in ranges for seed in range(int(ends[0]), int(ends[-1]) + 1)]
+    seeds = []
+    for part in text.split(","):
+        first, _, last = part.partition("-")
+        if int(last or first) < int(first):
+            raise Refusal(f"seeds go up, but {part} goes down")
+        seeds += range(int(first), int(last or first) + 1)
+    return seeds
 
 
 def suite_cells(suite: str, algo: str = "", env: str = "", seeds: str = "", steps: int = 0) -> list[Cell]:

@@ -19,7 +19,7 @@ import torch.multiprocessing as mp
 from tqdm import tqdm
 
 from benchmark.report import aligned
-from benchmark.run import Cell, command, read_object, replace_text
+from benchmark.run import Cell, Refusal, command, read_object, replace_text
 from benchmark.speed import machine, timed
 
 ALGOS = Path(__file__).parents[1] / "algos"
@@ -115,10 +115,17 @@ def all_reduce_seconds(size: int) -> float:
 
 
 def measure(path: Path, seeds: Sequence[int]) -> dict:
-    """Run what the file lacks of the scripts as they are, in turn so that a slow hour hits all settings alike."""
+    """Run what the file lacks of the scripts as they are, in turn so that a slow hour hits all settings alike.
+
+    Raises Refusal for a file of another machine.
+    """
     found = read_object(path) if path.exists() else {}
     here = machine()
     if any(found.get(key) != value for key, value in here.items()):
+        if found:
+            raise Refusal(
+                f"{path} is of another machine or other versions: delete it, or keep it by --baselines FOLDER"
+            )
         found = here | dict(settings={})
     for seed in tqdm(seeds, unit="round", disable=None):
         for setting in SETTINGS:

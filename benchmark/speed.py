@@ -156,11 +156,13 @@ def measure(
     """Measure what the file lacks of so many rounds; returns what it holds, raw, for any statistic to be taken from.
 
     `pythons` are the interpreters of the peers. Kept rounds count if they are of the same scripts and options; those
-    of another machine or other versions are dropped.
+    with other versions of a peer are dropped. Raises Refusal for a file of another machine, unless measured `anew`.
     """
     here = machine()
     found = read_object(path) if path.exists() else {}
     if any(found.get(key) != value for key, value in here.items()):
+        if found and not anew:
+            raise Refusal(f"{path} is of another machine or other versions: --anew replaces it, --baselines FOLDER not")
         found = here | dict(peers={}, tasks={}, first_success=[])
     for peer, python in pythons.items():
         versions = peer_versions(peer, python, here["versions"])

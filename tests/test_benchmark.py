@@ -21,7 +21,7 @@ from runs import script
 
 from benchmark import markdown, pictures, report, speed
 from benchmark.__main__ import COMMANDS, main
-from benchmark.run import Cell, command, file_name, parse_seeds, read_result, suite_cells
+from benchmark.run import Cell, Refusal, command, file_name, parse_seeds, read_result, suite_cells
 from benchmark.suites import SUITES
 
 ROOT = Path(__file__).parent.parent
@@ -142,9 +142,9 @@ def test_what_reaches_the_best_published_score(tmp_path, monkeypatch):
     """Those that do not are told, with the difference; neither intervals of few seeds nor rows that lack some count."""
 
     def line(algo: str, best: str, *scores: float) -> dict:
-        runs = [dict(eval_mean=score, sps=1.0) for score in scores]
+        runs = [dict(seed=seed, eval_mean=score, sps=1.0) for seed, score in enumerate(scores)]
         return report.summarise(
-            (algo, "X-v0", 1), runs, 2, {(algo, "X-v0", 1): dict(bar="", best_published=best, protocol="p")}
+            (algo, "X-v0", 1), runs, [0, 1], {(algo, "X-v0", 1): dict(bar="", best_published=best, protocol="p")}
         )
 
     lines = [line("sure", "10", 10, 11), line("so", "10", 9, 12), line("no", "20", 9, 12), line("alone", "", 1, 2)]
@@ -167,7 +167,7 @@ def test_what_reaches_the_best_published_score(tmp_path, monkeypatch):
     failed = line("failed", "10", 1, 10, 10, 10, 10)
     told = " ".join(markdown.published_section([*lines, failed]).split())
     assert "whatever its protocol: 3, of which 1 with their whole" in told
-    assert "By the mean over ours 2 are at or above; failed" in told
+    assert "By the mean over ours 2 are at or above; low" in told
     assert "pull below it: failed on X-v0 (8.20; 10.0)." in told
     for line, single in ((lines[0], "10.1"), (lines[1], "12")):
         line["reference"]["single_run"] = single
@@ -182,6 +182,8 @@ def test_what_reaches_the_best_published_score(tmp_path, monkeypatch):
 
 def test_seeds_and_cells(monkeypatch):
     assert parse_seeds("1-3,7") == [1, 2, 3, 7]
+    with pytest.raises(Refusal, match="seeds go up, but 3-1 goes down"):
+        parse_seeds("7,3-1")
     monkeypatch.setitem(SUITES, "toy", [("a b", "X/Y-v0", 10, "1-2", "--k 3")])
     assert len(suite_cells("toy")) == 4
     assert suite_cells("toy", algo="b", seeds="9", steps=5) == [Cell("b", "X/Y-v0", 5, 9, "--k 3")]
@@ -283,6 +285,16 @@ def test_exit_code_tells_the_bar(bench, capsys, monkeypatch, bar, code, verdicts
 def test_too_few_seeds_prove_nothing(bench, capsys):
     assert bench("run", "--suite", "toy", "--env", "Toy/Env-v0", "--seeds", "3-4", bar="25") == 0
     assert "| short | few      |" in capsys.readouterr().out
+    assert bench("run", "--suite", "toy", "--env", "Toy/Env-v0", "--seeds", "101-104", bar="25") == 0
+    assert "| short |" in capsys.readouterr().out, "as many as are planned, but others, on which one may have tuned"
+
+
+def test_references_are_read_before_the_training(bench, tmp_path, capsys):
+    """Hours of training that end in a traceback, for a bar that is no number."""
+    assert bench("run", "--suite", "toy", "--env", "Toy/Env-v0", "--seeds", "1", bar="high") == 2
+    told = capsys.readouterr().err
+    assert told == f"benchmark: {tmp_path / 'references.csv'}, line 2: could not convert string to float: 'high'\n"
+    assert not (tmp_path / "runs").exists()
 
 
 def test_old_results_are_told(bench, tmp_path, capsys):
@@ -415,7 +427,7 @@ def test_a_script_that_leaves_a_damaged_result_has_failed(bench, tmp_path, capsy
     assert "fake__Toy-Env-v0__1000__1 failed with an incomplete result.json:" in err
     assert "failed: fake__Toy-Env-v0__1000__2" in out
     assert "nan" not in out
-    summary = report.summarise(("fake", "Toy/Env-v0", 1000), [dict(eval_mean=np.nan, sps=1.0)], 1, {
+    summary = report.summarise(("fake", "Toy/Env-v0", 1000), [dict(seed=1, eval_mean=np.nan, sps=1.0)], [1], {
         ("fake", "Toy/Env-v0", 1000): dict(bar="25", best_published="")
     })  # fmt: skip
     assert summary["verdict"] == "PASS", "it would have passed"
@@ -524,6 +536,7 @@ def test_the_table_of_the_readme_by_hand(tmp_path, monkeypatch):
     references = {}
     for i, (row, cells) in enumerate(report.suite_rows("toy").items()):
         runs = [dict(seed=cell.seed, eval_mean=i - 1234.25, sps=1.0) for cell in cells[:2]]
+        runs[-1] |= dict(date="2026-11-20") if i == 2 else {}
         (tmp_path / f"{report.file_name(row)}.json").write_text(json.dumps(dict(row=row, seeds=runs)))
         if row[0].startswith("many") and i != 3:
             references[row] = dict(bar="", best_published="99.96")
@@ -535,7 +548,7 @@ def test_the_table_of_the_readme_by_hand(tmp_path, monkeypatch):
     assert cells[2:] == [
         [
             "many",
-            "Env1 100k: -1,233 (100.0), Env2 1M: -1,232 (100.0), Env4 100M: -1,230 (100.0)",
+            "Env1 100k: -1,233 (100.0), Env2 1M: -1,232* (100.0), Env4 100M: -1,230 (100.0)",
             "1.25 x sbx.X, one run",
         ]
     ]
@@ -553,7 +566,7 @@ def test_what_has_not_been_run_is_told(tmp_path, monkeypatch):
     monkeypatch.setitem(SUITES, "again", [("none", "A-v0", 5000, "1-2", ""), ("whole", "A-v0", 5000, "1-2", "--k 3")])
     monkeypatch.setitem(SUITES, "ppo_paper", [("none", "C-v0", 5, "1", "--k 3")])
 
-    def keep(algo: str, runs: int, date: str = markdown.REWRITTEN) -> None:
+    def keep(algo: str, runs: int, date: str = report.REWRITTEN) -> None:
         row = (algo, "A-v0", 5000)
         seeds = [dict(seed=seed, date=date) for seed in range(1, runs + 1)]
         (tmp_path / f"{file_name(row)}.json").write_text(json.dumps(dict(row=row, seeds=seeds)))

@@ -748,10 +748,6 @@ def test_a_run_without_a_config(module, tmp_path):
             test_returns_that_are_not_finite_are_told_apart, {},
             "td3", "if not np.isfinite(self.episode_returns).all():", "if False:",
         ),
-        (
-            test_an_environment_that_lacks_a_library, {},
-            "ppo_clip", "except (gym.error.Error, ImportError)", "except gym.error.Error",
-        ),
         (test_weights_that_are_not_finite_are_not_saved, {}, "td3", "(part, nn.Module) else", "(part, nn.Linear) else"),
         (test_a_directory_is_for_one_process, dict(resumed=False), "td3", "self.lock.acquire(timeout=0)", "pass"),
         (test_a_run_that_has_ended_lets_others_in, {}, "ppo_clip", "self.lock.release()", "Run.held = self.lock"),

@@ -879,6 +879,10 @@ def test_the_family_command(tmp_path, monkeypatch, capsys):
     tree += "  - [`child`](algos/child.py), 2 lines: the idea\n"
     assert readme.read_text() == f"# Head\n{family.BEGIN}{tree}{family.END}\nTail\n"
 
+    (tmp_path / "child.py").write_text(child.replace("root.py", "rood.py"))
+    assert run() == (1, "no chain of parents leads from child to a root: see 'Child of' in the docstrings\n")
+    assert "`child`" in readme.read_text()
+
 
 def test_a_declared_child_is_near():
     """A change of one line in the target is a few lines of difference."""

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmark import scaling
+from benchmark.run import Refusal
 from benchmark.scaling import Setting
 
 
@@ -78,6 +79,9 @@ def test_runs_of_another_text_do_not_count(tmp_path, monkeypatch):
     found = scaling.measure(tmp_path / "kept" / "scaling.json", [1])
     assert asked[4:] == [("a", 1)]
     assert [len(found["settings"][key]) for key in ("a 1 x 4", "b 1 x 4")] == [1, 2]
+    monkeypatch.setattr(scaling, "machine", lambda: dict(cpu="another"))
+    with pytest.raises(Refusal, match="is of another machine or other versions: delete it"):
+        scaling.measure(tmp_path / "kept" / "scaling.json", [1])
 
 
 def test_what_was_interrupted_is_not_shown(tmp_path):

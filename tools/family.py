@@ -105,6 +105,10 @@ def main(argv: list[str]) -> int:
         return 2
     old = README.read_text(encoding="utf-8")
     new = shown(old)
+    lost = [name for name in read_scripts() if f"](algos/{name}.py)" not in new]
+    if lost:
+        print(f"no chain of parents leads from {', '.join(lost)} to a root: see 'Child of' in the docstrings")
+        return 1
     if not argv:
         README.write_text(new, encoding="utf-8")
     elif old != new:
