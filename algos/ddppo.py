@@ -19,7 +19,7 @@ them. Without torchrun it is ppo_clip.py.
 Each process has --num-envs environments, so the batch grows with W; steps are counted over all processes. On GPUs each
 process takes one. With torchrun --max-restarts, a restart continues from the checkpoint in --run-dir.
 
-Not in the paper: what ppo_clip.py names (normalised advantages are unstable by the paper), and the weights n_w, which
+Not in the paper: what ppo_clip.py names (the paper found normalised advantages unstable), and the weights n_w, which
 differ since steps that only reset an environment are left out. In the paper, but not here: slow processes are
 interrupted and learn from what they have.
 
@@ -816,7 +816,6 @@ class Run:
         planned = before.get("total_timesteps")
         if now["total_timesteps"] != planned:
             print(f"planned for {planned} steps, now for {now['total_timesteps']}: schedules, if any, are stretched")
-            (self.dir / "result.json").unlink(missing_ok=True)  # of the shorter run
         try:
             for name, part in self.parts.items():
                 state = states[name]
@@ -825,6 +824,8 @@ class Run:
                 part.load_state_dict(state)
         except (RuntimeError, ValueError) as error:
             raise Refusal(f"{self.dir} does not hold the networks, or the buffer, that the flags ask for") from error
+        if now["total_timesteps"] != planned:
+            (self.dir / "result.json").unlink(missing_ok=True)  # the run it tells of is no longer finished
         torch.manual_seed(env_seed(self.args.seed, self.step))  # not the random numbers of the start again
         Run.saved = f"--resume {self.dir} continues from step {self.step}"
 

@@ -667,7 +667,6 @@ class Run:
         planned = before.get("total_timesteps")
         if now["total_timesteps"] != planned:
             print(f"planned for {planned} steps, now for {now['total_timesteps']}: schedules, if any, are stretched")
-            (self.dir / "result.json").unlink(missing_ok=True)  # of the shorter run
         try:
             for name, part in self.parts.items():
                 state = states[name]
@@ -676,6 +675,8 @@ class Run:
                 part.load_state_dict(state)
         except (RuntimeError, ValueError) as error:
             raise Refusal(f"{self.dir} does not hold the networks, or the buffer, that the flags ask for") from error
+        if now["total_timesteps"] != planned:
+            (self.dir / "result.json").unlink(missing_ok=True)  # the run it tells of is no longer finished
         torch.manual_seed(env_seed(self.args.seed, self.step))  # not the random numbers of the start again
         Run.saved = f"--resume {self.dir} continues from step {self.step}"
 

@@ -427,6 +427,15 @@ def test_what_cannot_change_in_a_resumed_run(module, flag, value, words, tmp_pat
     assert tree(tmp_path) == before
 
 
+@each_back
+def test_a_refusal_keeps_the_result(module, tmp_path):
+    """More steps make the old result go, but not when another flag is refused after them."""
+    folder = finished_run(module, tmp_path / "run")
+    before = tree(tmp_path)
+    refused(module, "does not hold the networks", "--resume", folder, "--total-timesteps", 512, "--hidden-size", 24)
+    assert tree(tmp_path) == before
+
+
 @each([script("rainbow"), script("prioritized_dqn")])
 def test_what_a_buffer_was_filled_with_cannot_change(module, tmp_path):
     """Priorities of two exponents, or rewards of two scales, side by side in one buffer."""
