@@ -165,6 +165,13 @@ def compute_gae(rewards: Tensor, values: Tensor, terminated: Tensor, done: Tenso
     return torch.from_numpy(advantages).to(rewards.device)
 
 
+def mean_kl(old: Distribution, new: Distribution) -> Tensor:
+    """E[KL(old || new)] () over the states of a batch."""
+    if isinstance(old, Categorical):  # kl_divergence() would be infinite where a probability underflows to 0
+        return F.kl_div(new.logits, old.logits, reduction="batchmean", log_target=True)
+    return kl_divergence(old, new).mean()
+
+
 def ppo_loss(agent: Agent, old_agent: Agent, batch: dict[str, Tensor], args: Args) -> tuple[Tensor, dict[str, Tensor]]:
     """Minus the objective L on a batch with one transition per row, and what to log."""
     policy, values = agent(batch["obs"])
@@ -427,13 +434,6 @@ def mlp(sizes: list[int], activation: type[nn.Module]) -> nn.Sequential:
         layers.append(nn.Linear(n_in, n_out))
         layers.append(activation())
     return nn.Sequential(*layers[:-1])
-
-
-def mean_kl(old: Distribution, new: Distribution) -> Tensor:
-    """E[KL(old || new)] () over the states of a batch."""
-    if isinstance(old, Categorical):  # kl_divergence() would be infinite where a probability underflows to 0
-        return F.kl_div(new.logits, old.logits, reduction="batchmean", log_target=True)
-    return kl_divergence(old, new).mean()
 
 
 def gradients_of(

@@ -169,6 +169,13 @@ def compute_gae(rewards: Tensor, values: Tensor, terminated: Tensor, done: Tenso
     return torch.from_numpy(advantages).to(rewards.device)
 
 
+def mean_kl(old: Distribution, new: Distribution) -> Tensor:
+    """E[KL(old || new)] () over the states of a batch."""
+    if isinstance(old, Categorical):  # kl_divergence() would be infinite where a probability underflows to 0
+        return F.kl_div(new.logits, old.logits, reduction="batchmean", log_target=True)
+    return kl_divergence(old, new).mean()
+
+
 def surrogate(old: Distribution, new: Distribution, batch: dict[str, Tensor]) -> Tensor:
     """E[pi(a|s) / pi_old(a|s) A] () on a batch with one transition per row; at pi_old its gradient is g."""
     ratio = (new.log_prob(batch["actions"]) - old.log_prob(batch["actions"])).exp()
@@ -502,13 +509,6 @@ def mlp(sizes: list[int], activation: type[nn.Module]) -> nn.Sequential:
         layers.append(nn.Linear(n_in, n_out))
         layers.append(activation())
     return nn.Sequential(*layers[:-1])
-
-
-def mean_kl(old: Distribution, new: Distribution) -> Tensor:
-    """E[KL(old || new)] () over the states of a batch."""
-    if isinstance(old, Categorical):  # kl_divergence() would be infinite where a probability underflows to 0
-        return F.kl_div(new.logits, old.logits, reduction="batchmean", log_target=True)
-    return kl_divergence(old, new).mean()
 
 
 def gradients_of(

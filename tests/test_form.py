@@ -18,7 +18,7 @@ from conftest import SCRIPTS
 
 ROOT = Path(__file__).parents[1]
 MAX_FRONT = 300  # lines
-LONGER_FRONTS = dict(npg=400, trpo=400, ppo_kl=310)  # conjugate gradient, line search, adaptive penalty
+LONGER_FRONTS = dict(npg=400, trpo=400, ppo_kl=320, trpo_penalty=320)  # conjugate gradient, line search, penalties
 LONGER_FRONTS |= dict(rainbow=400, prioritized_dqn=310)  # six algorithms; a sum tree
 LONGER_FRONTS |= dict(ddppo=340, a3c=310, impala=320)  # the average over processes; a worker beside train()
 SECOND_RULER = {"td_prediction"}  # scripts that end with something that no other script needs
