@@ -12,8 +12,8 @@ sec. 13.5. Child of reinforce.py: the critic's Q(s, a) in place of the return. S
     L = E[log pi(a|s) Q(s, a)] - c1 E[(Q(s, a) - y)^2] + c2 E[H(pi)]    with  y = r + gamma Q(s', a')
 
 a' is the action taken in s' (Sarsa), so the first action of a batch was chosen before the update that precedes it.
-Where a time limit ends the episode, a' is the one that would have been taken. No gradient flows through y, nor through
-the Q(s, a) beside log pi.
+Where s' is terminal, y is r; where a time limit ends the episode, a' is what would have been taken. No gradient flows
+through y, nor through the Q(s, a) beside log pi.
 
     python algos/actor_critic.py --env-id CartPole-v1    # 500 after 200,000 steps
 

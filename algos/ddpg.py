@@ -12,7 +12,7 @@ an actor mu(s) in place of the maximum over actions. These are continuous here.
     y = r + gamma Q'(s', mu'(s'))
     Q minimises  E[(y - Q(s, a))^2],    mu maximises  E[Q(s, mu(s))]  over the parameters of mu alone
 
-over transitions drawn uniformly from a replay buffer; Q' and mu' follow Q and mu slowly.
+over transitions drawn uniformly from a replay buffer; where s' is terminal, y is r. Q' and mu' follow Q and mu slowly.
 
     python algos/ddpg.py --env-id Pendulum-v1                                # -143 after 20,000 steps
     python algos/ddpg.py --env-id HalfCheetah-v5 --total-timesteps 100000    # 4,700

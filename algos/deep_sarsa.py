@@ -12,7 +12,8 @@ Child of td_prediction.py: Q(s, a) in place of V(s), and the policy is epsilon-g
     w <- w + alpha (r + gamma Q(s', a') - Q(s, a)) grad Q(s, a)
 
 where a' is the action that the policy takes in s' (on-policy). So Q counts what exploration costs: on a cliff Sarsa
-keeps a distance from the edge that Q-learning does not. No gradient flows through the target (semi-gradient).
+keeps a distance from the edge that Q-learning does not. No gradient flows through the target (semi-gradient); if s' is
+terminal, it is r alone.
 
     python algos/deep_sarsa.py --env-id CartPole-v1        # 499 after 200,000 steps
     python algos/deep_sarsa.py --env-id CliffWalking-v1    # -17 after 100,000 steps; one seed of ten fails

@@ -12,8 +12,9 @@ needs no added noise, no smoothed targets and no delay.
     y = r + gamma (min_j Q'_j(s', a') - alpha log pi(a'|s'))    with  a' ~ pi(.|s')
     Q_1, Q_2 minimise  E[(y - Q_i(s, a))^2],    pi maximises  E[min_j Q_j(s, a) - alpha log pi(a|s)]  over  a ~ pi(.|s)
 
-pi is the tanh of a Gaussian. alpha moves to where the entropy of pi is -dim(A) or, with --no-learn-alpha, is fixed, as
-the reward scale is in the first paper, arXiv:1801.01290. Q'_1 and Q'_2 follow Q_1 and Q_2 slowly.
+Where s' is terminal, y is r. pi is the tanh of a Gaussian. alpha moves to where the entropy of pi is -dim(A) or, with
+--no-learn-alpha, is fixed, as the reward scale is in the first paper, arXiv:1801.01290. Q'_1 and Q'_2 follow Q_1 and
+Q_2 slowly.
 
     python algos/sac.py --env-id Pendulum-v1                                # -141 after 20,000 steps
     python algos/sac.py --env-id HalfCheetah-v5 --total-timesteps 100000    # 6,700

@@ -12,7 +12,7 @@ that learns less often than they do. This keeps it from exploiting their errors.
     y = r + gamma min_j Q'_j(s', mu'(s') + eps)    with  eps ~ clip(N(0, sigma), -c, c)
     Q_1, Q_2 minimise  E[(y - Q_i(s, a))^2];    every policy_frequency such steps, mu moves up  E[Q_1(s, mu(s))]
 
-Q'_1, Q'_2 and mu' follow Q_1, Q_2 and mu slowly.
+Where s' is terminal, y is r. Q'_1, Q'_2 and mu' follow Q_1, Q_2 and mu slowly.
 
     python algos/td3.py --env-id Pendulum-v1                                # -143 after 20,000 steps
     python algos/td3.py --env-id HalfCheetah-v5 --total-timesteps 100000    # 5,700
