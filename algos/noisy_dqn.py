@@ -16,7 +16,7 @@ where mu and sigma both learn by the gradient of DQN's loss
     L = E[(r + gamma max_a' Q_target(s', a', noise') - Q(s, a, noise))^2]
 
 Three independent draws of the noise: one to act, anew for every step, and one each for Q and Q_target, anew for every
-gradient step. If s' is terminal, the target is r. The policy is greedy in the noisy Q, in the evaluation in its mean.
+gradient step. If s' is terminal, the target is r. The policy is greedy in the noisy Q, in the evaluation with mu alone.
 
     python algos/noisy_dqn.py --env-id CartPole-v1            # 500 after 50,000 steps
     python algos/noisy_dqn.py --env-id MinAtar/Breakout-v1    # 26 after 1M steps
