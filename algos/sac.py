@@ -16,8 +16,8 @@ Where s' is terminal, y is r. pi is the tanh of a Gaussian. alpha moves to where
 --no-learn-alpha, is fixed, as the reward scale is in the first paper, arXiv:1801.01290. Q'_1 and Q'_2 follow Q_1 and
 Q_2 slowly.
 
-    python algos/sac.py --env-id Pendulum-v1                                # -141 after 20,000 steps
-    python algos/sac.py --env-id HalfCheetah-v5 --total-timesteps 100000    # 6,700
+    python algos/sac.py --env-id Pendulum-v1       # -141 after 20,000 steps
+    python algos/sac.py --env-id HalfCheetah-v5    # 12,000 after 1M steps
 
 As in the authors' code, pi is a density on [-1, 1]; its actions are then scaled to the bounds of the environment, and
 without bounds there is nothing to scale to. Not in the paper: alpha is learned through its logarithm or, on Hopper and
