@@ -579,6 +579,8 @@ def make_envs(env_id: str, num_envs: int, env_kwargs: str = "", render: bool = F
                 importlib.import_module("minatar.gym").register_envs()
         envs = gym.make_vec(env_id, num_envs, **options | kwargs)
     except (gym.error.Error, ImportError) as error:
+        if ":" in env_id and type(error) is ImportError:
+            raise  # a bug in the user's own module, with its traceback
         raise Refusal(f"{env_id} cannot be made: {error}") from error
     except TypeError as error:
         if (kwargs or render) and "argument" in str(error):
@@ -902,10 +904,12 @@ def check_video(args: Args) -> None:
     except AttributeError as error:  # PyOpenGL's, if there is no library for graphics
         raise Refusal(f"{args.env_id} cannot be filmed: {error}") from error
     obs, _ = envs.reset()
+    if envs.unwrapped.render_mode != "rgb_array" and obs.ndim != 4:
+        raise Refusal(f"{args.env_id} cannot be filmed: it shows neither rgb_array nor frames in grey")
     try:
         frame(envs, obs)
-    except Exception as error:  # what is raised depends on what is missing: a screen, a library, a picture
-        raise Refusal(f"{args.env_id} cannot be filmed: {error!r}") from error
+    except (gym.error.Error, ImportError) as error:
+        raise Refusal(f"{args.env_id} cannot be filmed: {error}") from error
     envs.close()
 
 

@@ -374,6 +374,26 @@ def test_an_environment_without_pictures(module, env, own, tmp_path):
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
 
 
+class Clumsy(Own):
+    """Its render() has a bug."""
+
+    metadata = dict(render_modes=["rgb_array"])  # noqa: RUF012
+
+    def __init__(self, actions, render_mode=None):
+        super().__init__(actions)
+        self.render_mode = render_mode
+
+    def render(self):
+        raise ValueError("mine")
+
+
+@each_back
+def test_an_error_in_render_keeps_its_traceback(module, own):
+    """A user's own error that ends in one sentence about films."""
+    with pytest.raises(ValueError, match="mine"):
+        module.parse_args(line(module, "--capture-video", env_id=own(module, env=Clumsy)))
+
+
 # Directories
 
 

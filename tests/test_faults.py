@@ -69,6 +69,8 @@ def test_an_environment_that_lacks_a_library(module):
     try:
         with pytest.raises(module.Refusal, match="test/Moved-v0 cannot be made: it has moved"):
             module.make_envs("test/Moved-v0", 1)
+        with pytest.raises(ImportError, match="it has moved"):  # in a module of the user's it is a bug
+            module.make_envs("envs:test/Moved-v0", 1)
     finally:
         gym.registry.pop("test/Moved-v0")
 
@@ -734,7 +736,7 @@ def test_a_run_without_a_config(module, tmp_path):
         ),
         (
             test_an_error_in_an_environment_is_no_refusal, dict(where="init", error=RuntimeError("mine")),
-            "td3", "except (gym.error.Error, ImportError)", "except (gym.error.Error, RuntimeError)",
+            "td3", "ImportError) as error:\n        if", "RuntimeError) as error:\n        if",
         ),
         (test_a_full_disk, dict(file="config", room=100), "td3", "aside.unlink(missing_ok=True)", "pass"),
         (test_a_full_disk, dict(file="result", room=100), "ppo_clip", 'path.with_suffix(".tmp")', "path"),
