@@ -217,7 +217,7 @@ def train(args: Args) -> dict:
 # Defaults in place of those of Args: of the first family that names the environment.
 FAMILIES = {
     "Acrobot": dict(
-        total_timesteps=100_000, train_frequency=1, target_network_frequency=250, learning_rate=6.3e-4, end_e=0.1,
+        total_timesteps=100_000, train_frequency=1, target_network_frequency=250, learning_rate=1.5e-3, end_e=0.1,
         exploration_fraction=0.12, hidden_size=256, compile=True, eval_episodes=100,
     ),
     "MountainCar": dict(  # it leaves the valley only if the policy stays the same for a while: one car, few updates

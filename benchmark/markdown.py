@@ -39,8 +39,8 @@ Language models answer 256 prompts, sampled, and td_prediction is scored by its 
 interquartile mean over training runs that differ only in their seed, with its 95% interval in brackets (stratified
 bootstrap, Agarwal et al. 2021); of two or three seeds it is their mean, with the lowest and the highest score.
 Hyperparameters were tuned on other seeds, those of n_step_dqn on CartPole, of deep_sarsa on CliffWalking, of dqn on
-MountainCar and Acrobot, of double_dqn and prioritized_dqn on LunarLander, of a2c on Acrobot and MuJoCo, of td3 and sac
-on Hopper, of ppo_clip on Breakout and of qr_dqn on Acrobot and Breakout once more after a failure on these, see below.
+MountainCar, of a2c, dqn, double_dqn and qr_dqn on Acrobot, of double_dqn and prioritized_dqn on LunarLander, of a2c on
+MuJoCo, of td3 and sac on Hopper and of ppo_clip and qr_dqn on Breakout once more after a failure on these, see below.
 `python -m benchmark run --suite mujoco` trains the rows of a suite again and prints them as here, and `--algo`, `--env`
 and `--seeds` choose among its runs.
 
