@@ -24,8 +24,8 @@ return only if it is symmetric. The policy is epsilon-greedy in Q. theta_target 
 
 Not in the paper: Adam's eps (1e-5, there 0.01 / 32), the division by kappa (of later papers), a step size that falls to
 0 (not on MinAtar and Atari), an epsilon that falls from the first step on and is 0 in the evaluation, clipped
-gradients, fewer than 200 quantiles where they are enough, and kappa = 10 where it was better in trials: on CartPole,
-whose discounted returns reach 100, on Acrobot and on MinAtar. All periods count single steps, so that several
+gradients, fewer than 200 quantiles where they are enough, and kappa = 10 on CartPole, whose discounted returns reach
+100, and on Acrobot and MinAtar, where it was better in trials. All periods count single steps, so that several
 environments learn as often as one.
 
 Read to the end of train(); what follows the ruler is plumbing that the scripts share.

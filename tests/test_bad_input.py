@@ -374,14 +374,10 @@ def test_an_environment_without_pictures(module, env, own, tmp_path):
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
 
 
-class Clumsy(Own):
+class Clumsy(OnScreen):
     """Its render() has a bug."""
 
     metadata = dict(render_modes=["rgb_array"])  # noqa: RUF012
-
-    def __init__(self, actions, render_mode=None):
-        super().__init__(actions)
-        self.render_mode = render_mode
 
     def render(self):
         raise ValueError("mine")
